@@ -1,0 +1,1 @@
+"""Adapters that take chunks from brokers and publish envelopes to them."""

@@ -1,0 +1,1 @@
+"""The model repository: versions, manifests, verification."""

@@ -1,0 +1,212 @@
+"""The contracts between the record path and the world; adapters implement them, the worker joins them.
+
+One thread (the *worker loop*) owns the intake, every outlet's ``publish`` and ``poll``, and all state of
+the record path. Adapters that need a thread of their own hand their news over in ``poll``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from inferfleet.records import Chunk, Envelopes, Results, Signature, Stream, Tensors
+
+
+class RefusalKind(Enum):
+    """Whether trying again can help, and what to do if not."""
+
+    LATER = "later"
+    """The destination is away or full; the same envelope may pass later."""
+    TOO_LARGE = "too_large"
+    """This envelope can never pass: it is over the destination's size limit."""
+    DENIED = "denied"
+    """The destination is missing or forbidden; a person must mend it, then it may pass."""
+    DUPLICATE_ID = "duplicate_id"
+    """The result store holds an answer to another payload under this id."""
+
+
+class Refusal(NamedTuple):
+    """Why one envelope was not accepted."""
+
+    kind: RefusalKind
+    text: str
+
+
+class Receipt(Protocol):
+    """What an outlet tells about one published group; called on the worker loop's thread only."""
+
+    def confirmed(self, count: int) -> None:
+        """``count`` more envelopes of the group are durable."""
+
+    def refused(self, index: int, refusal: Refusal) -> None:
+        """Envelope ``index`` of the group is not durable and will not be retried by the outlet."""
+
+
+class IntakeListener(Protocol):
+    """Rebalance news, delivered inside :meth:`Intake.take` on the same thread."""
+
+    def assigned(self, streams: Collection[Stream]) -> None:
+        """These streams now belong to this worker."""
+
+    def revoked(self, streams: Collection[Stream], grace_s: float) -> Mapping[Stream, int]:
+        """These streams are about to go: finish what ends within ``grace_s``.
+
+        Returns the positions to settle before giving them up.
+        """
+
+    def lost(self, streams: Collection[Stream]) -> None:
+        """These streams are gone already; nothing of theirs may be settled."""
+
+
+class Intake(Protocol):
+    """Takes chunks from a broker and settles them. Owned by one thread for life."""
+
+    def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
+        """Return what has arrived, at most ``max_records``; wait up to ``max_wait_s`` for the first."""
+
+    def settle(self, positions: Mapping[Stream, int]) -> None:
+        """Commit: everything below each position is finished. Returns before the broker confirms."""
+
+    def pause(self, sources: Collection[str]) -> None:
+        """Stop taking from these sources (topics or queues), and stay a member."""
+
+    def resume(self, sources: Collection[str]) -> None:
+        """Take from these sources again."""
+
+    def lag(self) -> dict[Stream, int]:
+        """Records not yet taken, per stream, as far as the client knows."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether the worker is a member of its group; the assignment may be empty."""
+
+    def close(self) -> None:
+        """Commit what was settled, leave the group and close, within a bound."""
+
+
+class Outlet(Protocol):
+    """Publishes envelopes to topics or queues; every confirmation or refusal reaches the receipt."""
+
+    def publish(self, envelopes: Envelopes, receipt: Receipt) -> None:
+        """Hand over without waiting."""
+
+    def poll(self, max_wait_s: float = 0.0) -> None:
+        """Deliver confirmations and refusals that have arrived."""
+
+    def pending(self) -> int:
+        """Envelopes handed over and not yet confirmed or refused."""
+
+    def close(self, timeout_s: float) -> int:
+        """Wait up to ``timeout_s`` for what is pending; return how many stay unconfirmed."""
+
+
+class ResultOutlet(Protocol):
+    """Writes results once: an ``ok`` never changes, any ``ok`` replaces an error.
+
+    The store's being away is not a refusal: the outlet keeps what it holds, backs off and tries again,
+    and :attr:`away_since` says so.
+    """
+
+    def publish(self, results: Results, receipt: Receipt) -> None:
+        """Hand over without waiting."""
+
+    def poll(self) -> None:
+        """Deliver confirmations and refusals that have arrived."""
+
+    def pending(self) -> int:
+        """Results handed over and not yet confirmed or refused."""
+
+    @property
+    def away_since(self) -> float | None:
+        """Monotonic time since when the store does not answer; ``None`` while it does."""
+
+    def close(self, timeout_s: float) -> int:
+        """Wait up to ``timeout_s`` for what is pending; return how many stay unconfirmed."""
+
+
+class LoadedModel(Protocol):
+    """A model version on a device. Every method blocks and is called from its device thread only."""
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes and gives."""
+
+    def run(self, tensors: Tensors, rows: int) -> Tensors:
+        """Run ``rows`` rows; every output's first dimension must be ``rows``.
+
+        Raises :class:`~inferfleet.errors.DeviceOutOfMemoryError` when a smaller batch may fit, and
+        anything else when the batch failed.
+        """
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+class ModelVersion(Protocol):
+    """A verified folder of the model repository."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def version(self) -> str:
+        """A positive integer without leading zeros."""
+
+    @property
+    def path(self) -> Path:
+        """The folder; every byte in it matches the manifest."""
+
+    @property
+    def runtime(self) -> str:
+        """``onnx``, ``torch`` or ``python``."""
+
+    @property
+    def file(self) -> str:
+        """The main file, relative to the folder."""
+
+    @property
+    def signature(self) -> Signature | None:
+        """What ``model.toml`` declares; ``None`` where the file itself says it."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether code of this version may run."""
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """Further keys of ``model.toml`` that belong to the runtime (``entry_point``, ``parameters``)."""
+
+
+class Runtime(Protocol):
+    """Loads model versions of one format."""
+
+    def load(self, version: ModelVersion, device: str, threads: int) -> LoadedModel:
+        """Load, check against the declared signature, and warm up.
+
+        ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``threads`` 0 means what the cgroup grants.
+        Raises :class:`~inferfleet.errors.ModelLoadError`, :class:`~inferfleet.errors.DeviceError`,
+        :class:`~inferfleet.errors.UntrustedModelError`.
+        """
+
+
+class Clock(Protocol):
+    """Two clocks with unrelated origins."""
+
+    def monotonic(self) -> float:
+        """Seconds, for spans and timers."""
+
+    def utc_ms(self) -> int:
+        """Epoch milliseconds, for deadlines and records."""
+
+
+class Metrics(Protocol):
+    """What the record path reports; every name is defined once, in ``telemetry.metrics``."""
+
+    def outcomes(self, route: str, version: str, variant: str, outcome: str, count: int) -> None:
+        """``count`` requests ended as ``ok`` or with a code."""
+
+    def request_seconds(self, route: str, seconds: Sequence[float]) -> None:
+        """Spans from the broker's timestamp to the confirmed outcome."""

@@ -1,0 +1,343 @@
+"""The nouns that move: chunks of records, requests as columns, batches, answers, envelopes.
+
+Everything here is a *column set*: one object stands for many records, so that Python work per record
+is list building inside tight loops. Nothing here knows a broker, a clock or a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from inferfleet.errors import Code
+
+Array: TypeAlias = npt.NDArray[Any]
+Header: TypeAlias = tuple[str, bytes | None]
+Headers: TypeAlias = list[Header] | None
+Tensors: TypeAlias = dict[str, Array]
+
+
+class TensorSpec(NamedTuple):
+    """One input or output of a model: ``shape`` is per row, without the batch dimension; -1 varies."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and gives, in the Open Inference Protocol's words."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Stream(NamedTuple):
+    """An ordered source of records: one Kafka partition, or one RabbitMQ channel carrying one queue."""
+
+    source: str
+    partition: int
+
+
+class Chunk:
+    """Records of one stream that arrived together, as columns; the unit of taking and settling.
+
+    ``settled`` holds one byte per record: 0 while its outcome is unconfirmed, 1 afterwards. Settling a
+    record twice changes nothing. ``live`` turns false when the stream is taken away (its epoch ended):
+    whatever still finishes for such a chunk is dropped at hand-over.
+    """
+
+    __slots__ = (
+        "epoch",
+        "headers",
+        "keys",
+        "live",
+        "open",
+        "positions",
+        "settled",
+        "size_bytes",
+        "stream",
+        "taken_at",
+        "timestamps_ms",
+        "values",
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        epoch: int,
+        positions: list[int],
+        keys: list[bytes | None],
+        values: list[bytes | None],
+        headers: list[Headers],
+        timestamps_ms: list[int],
+        taken_at: float,
+    ) -> None:
+        self.stream = stream
+        self.epoch = epoch
+        self.positions = positions
+        self.keys = keys
+        self.values = values
+        self.headers = headers
+        self.timestamps_ms = timestamps_ms
+        self.taken_at = taken_at
+        self.size_bytes = sum([len(value) for value in values if value is not None])
+        self.settled = bytearray(len(positions))
+        self.open = len(positions)
+        self.live = True
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.positions)
+
+    def __repr__(self) -> str:
+        source, partition = self.stream
+        return f"Chunk({source}[{partition}]@{self.positions[0]}..{self.positions[-1]}, open={self.open})"
+
+    def settle(self, rows: Sequence[int]) -> int:
+        """Mark ``rows`` as settled and return how many of them were open until now."""
+        settled = self.settled
+        count = len(rows)
+        if count and rows[-1] - rows[0] + 1 == count and not settled.count(1, rows[0], rows[-1] + 1):
+            # One run of open rows (rows are ascending): a slice instead of a loop.
+            settled[rows[0] : rows[-1] + 1] = b"\x01" * count
+            newly = count
+        else:
+            newly = 0
+            for row in rows:
+                if not settled[row]:
+                    settled[row] = 1
+                    newly += 1
+        self.open -= newly
+        return newly
+
+    def settled_prefix(self) -> int:
+        """Return how many records from the front are settled without a gap."""
+        first_open = self.settled.find(0)
+        return len(self.settled) if first_open < 0 else first_open
+
+
+class AnswerForm(NamedTuple):
+    """How a request wants its answer: which outputs, and which of them as binary tensors."""
+
+    binary: bool = False
+    outputs: tuple[str, ...] | None = None
+    binary_outputs: frozenset[str] | None = None
+
+
+JSON_ANSWER = AnswerForm()
+BINARY_ANSWER = AnswerForm(binary=True)
+
+
+class Served(NamedTuple):
+    """Which version answers, and why: the meaning of the ``inferfleet-served`` header."""
+
+    route: str
+    model: str
+    version: str
+    variant: str
+    revision: str
+
+
+@dataclass(slots=True)
+class Requests:
+    """Decoded requests of one chunk with equal tensor shapes, answer form and priority, as columns.
+
+    ``rows`` are ascending indices into the chunk's columns. ``tensors`` maps an input's name to an array
+    of shape ``[total_rows, *row shape]``; ``row_counts`` says how many of those rows belong to each
+    request (``None``: one each). ``deadlines_ms`` are epoch milliseconds (``None``: nobody set one).
+    ``costs`` is the size that length-sorted batching sorts by (``None``: all alike).
+    """
+
+    chunk: Chunk
+    rows: list[int]
+    ids: list[str]
+    tensors: Tensors
+    row_counts: list[int] | None = None
+    deadlines_ms: list[int | None] | None = None
+    priority: int = 5
+    replies: list[str | None] | None = None
+    traces: list[bytes | None] | None = None
+    costs: list[int] | None = None
+    form: AnswerForm = JSON_ANSWER
+    served: Served | None = None
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.rows)
+
+    @property
+    def total_rows(self) -> int:
+        """Return the number of tensor rows over all requests."""
+        return len(self.rows) if self.row_counts is None else sum(self.row_counts)
+
+    @property
+    def first_deadline_ms(self) -> int | None:
+        """Return the earliest deadline of any request, epoch milliseconds."""
+        if self.deadlines_ms is None:
+            return None
+        return min((d for d in self.deadlines_ms if d is not None), default=None)
+
+    def bounds(self) -> list[int]:
+        """Return the first tensor row of each request, and the total at the end."""
+        if self.row_counts is None:
+            return list(range(len(self.rows) + 1))
+        out = [0]
+        for count in self.row_counts:
+            out.append(out[-1] + count)
+        return out
+
+    def slice(self, low: int, high: int) -> Requests:
+        """Return the requests ``low`` to ``high`` (exclusive); tensors are views."""
+        if low == 0 and high == len(self.rows):
+            return self
+        if self.row_counts is None:
+            first, last = low, high
+        else:
+            first = sum(self.row_counts[:low])
+            last = first + sum(self.row_counts[low:high])
+        return Requests(
+            self.chunk,
+            self.rows[low:high],
+            self.ids[low:high],
+            {name: array[first:last] for name, array in self.tensors.items()},
+            None if self.row_counts is None else self.row_counts[low:high],
+            None if self.deadlines_ms is None else self.deadlines_ms[low:high],
+            self.priority,
+            None if self.replies is None else self.replies[low:high],
+            None if self.traces is None else self.traces[low:high],
+            None if self.costs is None else self.costs[low:high],
+            self.form,
+            self.served,
+        )
+
+    def pick(self, indices: Sequence[int]) -> Requests:
+        """Return the requests at ``indices`` (ascending); tensors are copied."""
+        if len(indices) == len(self.rows):
+            return self
+        if self.row_counts is None:
+            tensor_rows: list[int] | Sequence[int] = list(indices)
+        else:
+            bounds = self.bounds()
+            tensor_rows = [row for i in indices for row in range(bounds[i], bounds[i + 1])]
+        return Requests(
+            self.chunk,
+            [self.rows[i] for i in indices],
+            [self.ids[i] for i in indices],
+            {name: array[tensor_rows] for name, array in self.tensors.items()},
+            None if self.row_counts is None else [self.row_counts[i] for i in indices],
+            None if self.deadlines_ms is None else [self.deadlines_ms[i] for i in indices],
+            self.priority,
+            None if self.replies is None else [self.replies[i] for i in indices],
+            None if self.traces is None else [self.traces[i] for i in indices],
+            None if self.costs is None else [self.costs[i] for i in indices],
+            self.form,
+            self.served,
+        )
+
+
+class Rejected(NamedTuple):
+    """Requests of one chunk that have their error outcome before any model ran, as columns."""
+
+    chunk: Chunk
+    rows: list[int]
+    ids: list[str | None]
+    codes: list[Code]
+    texts: list[str]
+    served: Served | None = None
+
+
+class Lane(NamedTuple):
+    """Rows that may share a batch: one model version, one role, one set of row shapes, one set of limits."""
+
+    model: str
+    version: str
+    role: str
+    shapes: tuple[tuple[int, ...], ...]
+    max_batch_size: int
+    max_queue_delay_s: float
+
+
+@dataclass(slots=True)
+class Batch:
+    """Requests of one lane that run together; ``rows`` is the sum of their tensor rows."""
+
+    lane: Lane
+    parts: list[Requests]
+    rows: int
+
+    def tensors(self) -> Tensors:
+        """Return the inputs of all parts, joined along the first dimension."""
+        if len(self.parts) == 1:
+            return self.parts[0].tensors
+        return {
+            name: np.concatenate([part.tensors[name] for part in self.parts])
+            for name in self.parts[0].tensors
+        }
+
+
+class Answer(NamedTuple):
+    """Requests with their outputs; each array has exactly ``part.total_rows`` rows, in order."""
+
+    part: Requests
+    outputs: Tensors
+
+
+class RowFailure(NamedTuple):
+    """One request (``part`` holds just that one) that the model failed, and why."""
+
+    part: Requests
+    code: Code
+    text: str
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What became of a batch: every request is in exactly one of ``answers`` and ``failures``."""
+
+    batch: Batch
+    answers: list[Answer] = field(default_factory=list)
+    failures: list[RowFailure] = field(default_factory=list)
+    seconds: float = 0.0
+    runs: int = 0
+    lane_limit: int | None = None
+
+
+@dataclass(slots=True)
+class Envelopes:
+    """Outcomes for one topic or queue, as columns; ``headers`` are ready to be handed to the client."""
+
+    destination: str
+    keys: list[bytes | None]
+    values: list[bytes]
+    headers: list[list[Header]]
+
+    def __len__(self) -> int:
+        """Return the number of envelopes."""
+        return len(self.values)
+
+
+@dataclass(slots=True)
+class Results:
+    """Outcomes for a result store, as columns.
+
+    ``bodies`` are the outcomes' JSON bodies. ``payload_hashes`` identify the request's bytes, so that
+    the same id with another payload is noticed. ``replies`` names each client's reply stream.
+    """
+
+    route: str
+    ids: list[str]
+    bodies: list[bytes]
+    ok: list[bool]
+    payload_hashes: list[str]
+    replies: list[str | None] | None
+    ttl_s: int
+
+    def __len__(self) -> int:
+        """Return the number of results."""
+        return len(self.ids)

@@ -1,0 +1,1 @@
+"""Adapters that keep results where callers read them."""

@@ -1,0 +1,1 @@
+"""Adapters that load model versions and run batches."""

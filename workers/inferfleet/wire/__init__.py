@@ -1,0 +1,1 @@
+"""Bytes to columns and back: Open Inference Protocol V2, raw tensors, headers, error bodies."""

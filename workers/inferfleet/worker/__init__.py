@@ -1,0 +1,1 @@
+"""The shell that joins the stations: intake, devices, delivery, life cycle."""
