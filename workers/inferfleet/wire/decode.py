@@ -1,0 +1,410 @@
+"""Chunk to requests: columns in, columns out.
+
+The usual forms take a fast path that does a constant handful of operations per record: a V2 JSON body with
+one input of the model's fixed shape, and one raw tensor. Everything else, and everything that is wrong, is
+read one request at a time by :class:`~inferfleet.wire.request.RequestReader`, which names what is at fault.
+Duplicate JSON keys: the last wins.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from inferfleet.datatypes import DATATYPES
+from inferfleet.errors import Code, RequestError
+from inferfleet.records import (
+    BINARY_ANSWER,
+    JSON_ANSWER,
+    AnswerForm,
+    Chunk,
+    Rejected,
+    Requests,
+    Signature,
+    Tensors,
+)
+from inferfleet.wire import headers as names
+from inferfleet.wire.headers import PLAIN, ChunkMeta, Meta, check_id, ids_are_plain, read_headers
+from inferfleet.wire.request import Limits, Parsed, RequestReader
+from inferfleet.wire.tensors import MAX_DEPTH
+
+_FORMATS = {
+    "BOOL": "?",
+    "INT8": "b",
+    "INT16": "h",
+    "INT32": "i",
+    "INT64": "q",
+    "UINT8": "B",
+    "UINT16": "H",
+    "UINT32": "I",
+    "UINT64": "Q",
+    "FP32": "f",
+    "FP64": "d",
+}
+
+
+class _FloatTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[float]
+
+
+class _IntegerTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[int]
+
+
+class _BoolTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[bool]
+
+
+class _FloatRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    inputs: list[_FloatTensor]
+    id: str | None = None
+
+
+class _IntegerRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    inputs: list[_IntegerTensor]
+    id: str | None = None
+
+
+class _BoolRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    inputs: list[_BoolTensor]
+    id: str | None = None
+
+
+class _Group(NamedTuple):
+    """Requests that may stand in one column set."""
+
+    rows: list[int]
+    ids: list[str | None]
+    pieces: list[Tensors]
+    counts: list[int]
+
+
+class Decoded(NamedTuple):
+    """What a chunk became: every row is in exactly one of them."""
+
+    requests: list[Requests]
+    rejected: Rejected | None
+
+
+class _Rejects:
+    def __init__(self) -> None:
+        self.by_row: dict[int, tuple[str | None, RequestError]] = {}
+
+    def add(self, row: int, request_id: str | None, error: RequestError) -> None:
+        self.by_row[row] = (request_id, error)
+
+
+class Decoder:
+    """Reads the chunks of one route.
+
+    ``deadline_ms`` is how long after its broker timestamp a request without a deadline of its own expires.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        versions: frozenset[str],
+        signature: Signature,
+        limits: Limits,
+        *,
+        columns: bool = False,
+        deadline_ms: int | None = None,
+    ) -> None:
+        self._reader = RequestReader(model, versions, signature, limits)
+        self._limits = limits
+        self._columns = columns
+        self._deadline_ms = deadline_ms
+        self._signature = signature
+        self._sort_by_cost = any(spec.datatype == "BYTES" for spec in signature.inputs)
+        self._decode_fast: Any = None
+        self._prepare_fast(signature)
+
+    def _prepare_fast(self, signature: Signature) -> None:
+        if len(signature.inputs) != 1:
+            return
+        spec = signature.inputs[0]
+        if spec.datatype not in _FORMATS or -1 in spec.shape:
+            return
+        datatype = DATATYPES[spec.datatype]
+        self._name, self._datatype = spec.name, spec.datatype
+        self._row_shape = [1, *spec.shape]
+        self._count = math.prod(spec.shape)
+        self._dtype = datatype.numpy
+        self._width = self._count * (datatype.width or 0)
+        self._pack = struct.Struct(f"<{self._count}{_FORMATS[spec.datatype]}").pack
+        kind: Any = (
+            _FloatRequest if datatype.is_float else _IntegerRequest if datatype.is_int else _BoolRequest
+        )
+        if not self._columns:
+            self._decode_fast = msgspec.json.Decoder(kind).decode
+
+    def decode(self, chunk: Chunk) -> Decoded:
+        """Return the requests of ``chunk`` and its rejected rows. Never raises for what a record holds."""
+        rejects = _Rejects()
+        meta = read_headers(chunk.headers)
+        for row, error in meta.rejected.items():
+            rejects.add(row, meta.metas[row].id if meta.metas else None, error)
+        rows = self._sized(chunk, meta, rejects)
+        requests: list[Requests] = []
+        json_rows, raw_rows, general = self._by_form(meta, rows)
+        if json_rows and self._decode_fast is not None:
+            general += self._fast_json(chunk, meta, json_rows, requests)
+        else:
+            general += json_rows
+        if raw_rows:
+            general += self._fast_raw(chunk, meta, raw_rows, requests)
+        if general:
+            self._general(chunk, meta, sorted(general), requests, rejects)
+        requests = [part for made in requests for part in self._finish(made, meta, rejects)]
+        return Decoded(requests, self._rejected(chunk, rejects))
+
+    def _sized(self, chunk: Chunk, meta: ChunkMeta, rejects: _Rejects) -> list[int]:
+        """Return the rows whose bodies may be read: present, not too large, headers in order."""
+        values = chunk.values
+        limit = self._limits.max_bytes
+        if not meta.rejected and None not in values:
+            sizes = [len(value) for value in values]  # type: ignore[arg-type]
+            if min(sizes) > 0 and max(sizes) <= limit:
+                return list(range(len(values)))
+        kept: list[int] = []
+        for row, value in enumerate(values):
+            if row in meta.rejected:
+                continue
+            if not value:
+                what = "is a tombstone (null)" if value is None else "is empty"
+                rejects.add(row, self._header_id(meta, row), RequestError(Code.EMPTY, f"the body {what}"))
+            elif len(value) > limit:
+                text = f"the body has {len(value)} bytes; at most {limit} are allowed"
+                rejects.add(row, self._header_id(meta, row), RequestError(Code.TOO_LARGE, text))
+            else:
+                kept.append(row)
+        return kept
+
+    @staticmethod
+    def _header_id(meta: ChunkMeta, row: int) -> str | None:
+        return None if meta.metas is None else meta.metas[row].id
+
+    def _by_form(self, meta: ChunkMeta, rows: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Split rows into JSON bodies, raw tensors, and those for the general reader."""
+        metas = meta.metas
+        if metas is None:
+            return rows, [], []
+        json_rows: list[int] = []
+        raw_rows: list[int] = []
+        general: list[int] = []
+        for row in rows:
+            found = metas[row]
+            if found.model is not None or found.version is not None:
+                general.append(row)
+            elif found.json_length is None:
+                json_rows.append(row)
+            elif found.json_length == 0:
+                raw_rows.append(row)
+            else:
+                general.append(row)
+        return json_rows, raw_rows, general
+
+    def _fast_json(self, chunk: Chunk, meta: ChunkMeta, rows: list[int], out: list[Requests]) -> list[int]:
+        """Read the usual JSON form; return the rows that need the general reader."""
+        values, decode, pack = chunk.values, self._decode_fast, self._pack
+        name, datatype, shape = self._name, self._datatype, self._row_shape
+        cold: list[int] = []
+        good: list[int] = []
+        ids: list[str | None] = []
+        packed: list[bytes] = []
+        for row in rows:
+            try:
+                request = decode(values[row])
+                (tensor,) = request.inputs
+                if tensor.name == name and tensor.datatype == datatype and tensor.shape == shape:
+                    packed.append(pack(*tensor.data))
+                    good.append(row)
+                    ids.append(request.id)
+                else:
+                    cold.append(row)
+            except (ValueError, OverflowError, RecursionError, struct.error):
+                # msgspec's errors and UnicodeDecodeError are ValueErrors; the general reader says why.
+                cold.append(row)
+        if good:
+            array = np.frombuffer(bytearray().join(packed), dtype=self._dtype)
+            tensors = {name: array.reshape(len(good), *shape[1:])}
+            self._add(chunk, meta, good, ids, tensors, JSON_ANSWER, out)
+        return cold
+
+    def _fast_raw(self, chunk: Chunk, meta: ChunkMeta, rows: list[int], out: list[Requests]) -> list[int]:
+        """Read raw tensors of the model's fixed shape; return the rows that need the general reader."""
+        if len(self._signature.inputs) != 1 or not hasattr(self, "_width") or self._datatype == "BOOL":
+            return rows
+        values, width = chunk.values, self._width
+        good = [row for row in rows if len(values[row]) == width]  # type: ignore[arg-type]
+        if not good:
+            return rows
+        bodies: list[bytes] = [values[row] for row in good]  # type: ignore[misc]
+        array = np.frombuffer(bytearray().join(bodies), dtype=self._dtype)
+        array = array.reshape(len(good), *self._row_shape[1:])
+        if array.dtype.kind == "f" and not self._limits.nan_allowed and not np.isfinite(array).all():
+            return rows
+        ids: list[str | None] = [None] * len(good)
+        self._add(chunk, meta, good, ids, {self._name: array}, BINARY_ANSWER, out)
+        return [] if len(good) == len(rows) else [row for row in rows if len(values[row]) != width]  # type: ignore[arg-type]
+
+    def _general(
+        self, chunk: Chunk, meta: ChunkMeta, rows: list[int], out: list[Requests], rejects: _Rejects
+    ) -> None:
+        groups: dict[tuple[tuple[tuple[int, ...], ...], AnswerForm], _Group] = {}
+        for row in rows:
+            found = PLAIN if meta.metas is None else meta.metas[row]
+            try:
+                parsed = self._read_one(chunk.values[row] or b"", found)
+            except RequestError as error:
+                rejects.add(row, found.id or _find_id(chunk.values[row] or b""), error)
+                continue
+            shapes = tuple(array.shape[1:] for array in parsed.tensors.values())
+            group = groups.setdefault((shapes, parsed.form), _Group([], [], [], []))
+            group.rows.append(row)
+            group.ids.append(parsed.id)
+            group.pieces.append(parsed.tensors)
+            group.counts.append(parsed.rows)
+        for (_, form), group in groups.items():
+            tensors = {
+                name: np.concatenate([piece[name] for piece in group.pieces]) for name in group.pieces[0]
+            }
+            counts = None if max(group.counts) == 1 else group.counts
+            self._add(chunk, meta, group.rows, group.ids, tensors, form, out, counts)
+
+    def _read_one(self, body: bytes, found: Meta) -> Parsed:
+        self._reader.check_model(found.model, found.version)
+        if found.json_length is None:
+            return self._reader.columns(body) if self._columns else self._reader.json(body)
+        if found.json_length == 0:
+            return self._reader.raw(body)
+        return self._reader.binary(body, found.json_length)
+
+    def _add(
+        self,
+        chunk: Chunk,
+        meta: ChunkMeta,
+        rows: list[int],
+        body_ids: Sequence[str | None],
+        tensors: Tensors,
+        form: AnswerForm,
+        out: list[Requests],
+        counts: list[int] | None = None,
+    ) -> None:
+        """Append one column set; the id is the header's, else the body's, else the record's position."""
+        source, partition = chunk.stream
+        positions = chunk.positions
+        if meta.metas is None:
+            ids = [
+                f"{source}-{partition}-{positions[row]}" if body_id is None else body_id
+                for row, body_id in zip(rows, body_ids, strict=True)
+            ]
+        else:
+            metas = meta.metas
+            ids = []
+            for row, body_id in zip(rows, body_ids, strict=True):
+                header_id = metas[row].id
+                if header_id is not None:
+                    ids.append(header_id)
+                else:
+                    ids.append(f"{source}-{partition}-{positions[row]}" if body_id is None else body_id)
+        costs: list[int] | None = None
+        if self._sort_by_cost:
+            values = chunk.values
+            costs = [len(values[row] or b"") for row in rows]
+        out.append(Requests(chunk, rows, ids, tensors, counts, costs=costs, form=form))
+
+    def _finish(self, made: Requests, meta: ChunkMeta, rejects: _Rejects) -> list[Requests]:
+        """Check the ids, add deadlines, reply streams and traces, and split by priority."""
+        made = self._checked_ids(made, rejects)
+        if not made.rows:
+            return []
+        if self._deadline_ms is not None:
+            timestamps = made.chunk.timestamps_ms
+            made.deadlines_ms = [timestamps[row] + self._deadline_ms for row in made.rows]
+        if meta.metas is None:
+            return [made]
+        metas = [meta.metas[row] for row in made.rows]
+        _fill(made, metas)
+        priorities = {found.priority for found in metas}
+        if priorities == {names.DEFAULT_PRIORITY}:
+            return [made]
+        parts: list[Requests] = []
+        for priority in sorted(priorities):
+            part = made.pick([i for i, found in enumerate(metas) if found.priority == priority])
+            part.priority = priority
+            parts.append(part)
+        return parts
+
+    @staticmethod
+    def _checked_ids(made: Requests, rejects: _Rejects) -> Requests:
+        if ids_are_plain(made.ids):
+            return made
+        sound: list[int] = []
+        for index, request_id in enumerate(made.ids):
+            try:
+                check_id(request_id)
+                sound.append(index)
+            except RequestError as error:
+                rejects.add(made.rows[index], None, error)
+        return made.pick(sound)
+
+    @staticmethod
+    def _rejected(chunk: Chunk, rejects: _Rejects) -> Rejected | None:
+        if not rejects.by_row:
+            return None
+        rows = sorted(rejects.by_row)
+        found = [rejects.by_row[row] for row in rows]
+        return Rejected(
+            chunk,
+            rows,
+            [request_id for request_id, _ in found],
+            [error.code for _, error in found],
+            [error.text for _, error in found],
+        )
+
+
+def _fill(made: Requests, metas: list[Meta]) -> None:
+    """Set the columns that headers carry, where any record carries them."""
+    if any(found.deadline_ms is not None for found in metas):
+        fallback = made.deadlines_ms or [None] * len(metas)
+        made.deadlines_ms = [
+            default if found.deadline_ms is None else found.deadline_ms
+            for found, default in zip(metas, fallback, strict=True)
+        ]
+    if any(found.reply is not None for found in metas):
+        made.replies = [found.reply for found in metas]
+    if any(found.trace is not None for found in metas):
+        made.traces = [found.trace for found in metas]
+
+
+class _OnlyId(msgspec.Struct, gc=False):
+    id: str | None = None
+
+
+_ONLY_ID = msgspec.json.Decoder(_OnlyId)
+
+
+def _find_id(body: bytes) -> str | None:
+    """Return the id of a body that was refused, where it can still be read."""
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH * 32:
+        return None
+    try:
+        found = _ONLY_ID.decode(body).id
+        return None if found is None else check_id(found)
+    except (ValueError, RecursionError, RequestError):
+        return None
