@@ -6,7 +6,7 @@ the record path. Adapters that need a thread of their own hand their news over i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -59,9 +59,15 @@ class IntakeListener(Protocol):
     def lost(self, streams: Collection[Stream]) -> None:
         """These streams are gone already; nothing of theirs may be settled."""
 
+    def settle_refused(self, streams: Collection[Stream]) -> None:
+        """The broker refused to commit these streams' positions; settle them again."""
+
 
 class Intake(Protocol):
     """Takes chunks from a broker and settles them. Owned by one thread for life."""
+
+    def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
+        """Take from exactly these sources (topics or queues) from now on."""
 
     def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
         """Return what has arrived, at most ``max_records``; wait up to ``max_wait_s`` for the first."""
@@ -76,7 +82,10 @@ class Intake(Protocol):
         """Take from these sources again."""
 
     def lag(self) -> dict[Stream, int]:
-        """Records not yet taken, per stream, as far as the client knows."""
+        """Records not yet taken, per stream, as far as the client knows without asking."""
+
+    def drained(self, timeout_s: float) -> bool:
+        """Whether nothing is left to take from any assigned stream; asks the broker."""
 
     @property
     def joined(self) -> bool:
@@ -144,6 +153,26 @@ class LoadedModel(Protocol):
         """Give its memory back."""
 
 
+class BatchingWishes(Protocol):
+    """What a version's ``[batching]`` asks for; ``None`` leaves it to the route and to ``fleet.toml``."""
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most rows in one call."""
+
+    @property
+    def max_queue_delay_ms(self) -> float | None:
+        """The longest that a row may wait for company."""
+
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows that one request may carry."""
+
+    @property
+    def sort_by_length(self) -> bool | None:
+        """Whether rows of similar length should share a batch."""
+
+
 class ModelVersion(Protocol):
     """A verified folder of the model repository."""
 
@@ -179,6 +208,24 @@ class ModelVersion(Protocol):
     def options(self) -> Mapping[str, object]:
         """Further keys of ``model.toml`` that belong to the runtime (``entry_point``, ``parameters``)."""
 
+    @property
+    def batching(self) -> BatchingWishes:
+        """What suits this version."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of ``manifest.json``, which stands for every byte of the version."""
+
+    @property
+    def files(self) -> Collection[str]:
+        """The files of the version, relative to the folder."""
+
+    def read(self, file: str) -> bytes:
+        """Return a file's bytes, verified once more; a runtime loads these bytes, never the file again.
+
+        Raises :class:`~inferfleet.errors.ChecksumMismatchError`.
+        """
+
 
 class Runtime(Protocol):
     """Loads model versions of one format."""
@@ -200,13 +247,3 @@ class Clock(Protocol):
 
     def utc_ms(self) -> int:
         """Epoch milliseconds, for deadlines and records."""
-
-
-class Metrics(Protocol):
-    """What the record path reports; every name is defined once, in ``telemetry.metrics``."""
-
-    def outcomes(self, route: str, version: str, variant: str, outcome: str, count: int) -> None:
-        """``count`` requests ended as ``ok`` or with a code."""
-
-    def request_seconds(self, route: str, seconds: Sequence[float]) -> None:
-        """Spans from the broker's timestamp to the confirmed outcome."""
