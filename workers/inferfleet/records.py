@@ -327,7 +327,9 @@ class Results:
     """Outcomes for a result store, as columns.
 
     ``bodies`` are the outcomes' JSON bodies. ``payload_hashes`` identify the request's bytes, so that
-    the same id with another payload is noticed. ``replies`` names each client's reply stream.
+    the same id with another payload is noticed. ``replies`` names each client's reply stream. With
+    ``reply_only`` nothing is stored: the bodies go to the reply streams alone, for a client whose id holds
+    an answer to another payload.
     """
 
     route: str
@@ -337,6 +339,7 @@ class Results:
     payload_hashes: list[str]
     replies: list[str | None] | None
     ttl_s: int
+    reply_only: bool = False
 
     def __len__(self) -> int:
         """Return the number of results."""
