@@ -1,0 +1,85 @@
+"""Fixtures that every test may use: real servers, started when the first test asks for one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import KafkaServer, MissingServerError, RabbitServer, RedisServer
+
+TopicFactory = Callable[..., str]
+
+
+@contextmanager
+def _started(server: KafkaServer | RedisServer | RabbitServer) -> Iterator[None]:
+    """Run a server; where it cannot be had, skip on a laptop and fail where servers are required."""
+    try:
+        server.start()
+    except MissingServerError as error:
+        if os.environ.get("CI") == "true" or os.environ.get("INFERFLEET_TEST_REQUIRE_SERVERS") == "1":
+            pytest.fail(f"a required server is missing: {error}", pytrace=False)
+        pytest.skip(str(error))
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A Kafka broker shared by the whole run; use ``topic`` for names of your own."""
+    server = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    with _started(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A Kafka broker with SASL_SSL that denies what no rule allows; its users are alice, bob and worker."""
+    users = {"alice": "alice-secret", "bob": "bob-secret", "worker": "worker-secret"}
+    server = KafkaServer(tmp_path_factory.mktemp("secure-kafka"), sasl_ssl=True, users=users)
+    with _started(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis shared by the whole run; use keys of your own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    with _started(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A RabbitMQ node shared by the whole run; use queue names of your own."""
+    server = RabbitServer(tmp_path_factory.mktemp("rabbitmq"))
+    with _started(server):
+        yield server
+
+
+@pytest.fixture
+def topic(kafka: KafkaServer) -> TopicFactory:
+    """Create topics with names that no other test has: ``topic("requests", partitions=6) -> name``."""
+    run = secrets.token_hex(4)
+    numbers = itertools.count(1)
+
+    def create(stem: str = "topic", *, partitions: int = 1, **config: str) -> str:
+        name = f"{stem}.{run}.{next(numbers)}"
+        settings = {key.replace("_", "."): value for key, value in config.items()}
+        kafka.create_topics({name: partitions}, config=settings)
+        return name
+
+    return create
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path) -> Path:
+    """An empty folder for a server that one test starts, stops or breaks by itself."""
+    return tmp_path / "server"
