@@ -66,8 +66,11 @@ def diagnose(error: Exception) -> Trouble:
         if isinstance(error, kind):
             return trouble
     if isinstance(error, exceptions.ResponseError):
-        # Older servers wrap a script's inner error in text of their own, so the code may stand further back.
-        for word in str(error).replace("-", " ").split():
+        text = str(error)
+        # A script's inner error loses its code in some servers, and stands behind their own text in others.
+        if "ACL failure" in text:
+            return DENIED
+        for word in text.replace("-", " ").split():
             if word in _BY_CODE:
                 return _BY_CODE[word]
     return UNEXPECTED
