@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from inferfleet import onnx_file
 from inferfleet.errors import ModelRepositoryError
-from inferfleet.models import description, manifest, onnx_signature
+from inferfleet.models import description, manifest
 from inferfleet.models.description import DESCRIPTION, RUNTIMES
 from inferfleet.models.manifest import MANIFEST
 from inferfleet.records import Signature, TensorSpec
@@ -114,7 +115,10 @@ def _completed(folder: Path, label: str, text: str, content: Content, files: lis
         head.append(f"entry_point = {_quoted(content.entry_point)}")
     lines = [*head, text.strip("\n")] if text.strip() else head
     if runtime == "onnx" and file in files and not said.get("input") and not said.get("output"):
-        found = onnx_signature.read_signature((folder / file).read_bytes(), f"{label}: {file}")
+        try:
+            found = onnx_file.read_signature((folder / file).read_bytes())
+        except ValueError as error:
+            raise ModelRepositoryError(f"{label}: {file}: {error}") from None
         lines.append(signature_toml(found))
     return "\n".join(lines).strip("\n") + "\n"
 

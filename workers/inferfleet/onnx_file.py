@@ -1,7 +1,8 @@
-"""Reads the inputs and outputs of an ONNX file, and nothing else of it, without any ONNX library.
+"""Reads from an ONNX file what inferfleet must know before any ONNX library sees it.
 
-``inferfleet model add`` must work where no runtime is installed. An ONNX file is one protobuf message; the
-few fields that name its tensors are found by walking the wire format and skipping all weights unread.
+Its inputs and outputs, so that ``inferfleet model add`` works where no runtime is installed; and every
+reference to another file, because a runtime that follows one on its own would read bytes that nobody
+verified. An ONNX file is one protobuf message: its wire format is walked, weights are skipped unread.
 Field numbers are those of ``onnx.proto``.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from inferfleet.errors import ModelRepositoryError
 from inferfleet.records import Signature, TensorSpec
 
 # TensorProto.DataType
@@ -17,6 +17,31 @@ DATATYPE_OF_ELEMENT = {
     1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: "BYTES", 9: "BOOL",
     10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64", 16: "BF16",
 }  # fmt: skip
+
+_INCOMPLETE = "it is not a complete ONNX model"
+
+_MODEL, _GRAPH, _NODE, _ATTRIBUTE, _SPARSE, _TENSOR = (
+    "model",
+    "graph",
+    "node",
+    "attribute",
+    "sparse",
+    "tensor",
+)
+_FUNCTION, _TRAINING = "function", "training"
+# Wherever a tensor can be, by the number of the field that holds it.
+_NESTED: dict[str, dict[int, str]] = {
+    _MODEL: {7: _GRAPH, 20: _TRAINING, 25: _FUNCTION},
+    _TRAINING: {1: _GRAPH, 2: _GRAPH},
+    _FUNCTION: {7: _NODE, 11: _ATTRIBUTE},
+    _GRAPH: {1: _NODE, 5: _TENSOR, 15: _SPARSE},
+    _NODE: {5: _ATTRIBUTE},
+    _ATTRIBUTE: {5: _TENSOR, 6: _GRAPH, 10: _TENSOR, 11: _GRAPH, 22: _SPARSE, 23: _SPARSE},
+    _SPARSE: {1: _TENSOR, 2: _TENSOR},
+}
+_WEIGHTS = (_MODEL, _GRAPH)
+_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 _MODEL_GRAPH = 7
 _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 5, 11, 12
@@ -30,10 +55,10 @@ _DIMENSION_SIZE = 1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
-def read_signature(raw: bytes, label: str) -> Signature:
+def read_signature(raw: bytes) -> Signature:
     """Return the file's tensors, per row; the first dimension of each must be the batch.
 
-    Raises ModelRepositoryError, starting with ``label``, for what is no ONNX model or cannot be batched.
+    Raises ValueError for what is no ONNX model or cannot be batched.
     """
     try:
         graph = _last(memoryview(raw), _MODEL_GRAPH)
@@ -48,10 +73,48 @@ def read_signature(raw: bytes, label: str) -> Signature:
         # Files older than IR version 4 list their weights among the inputs.
         taken = [each for each in inputs if _text(each, _VALUE_NAME) not in constants]
         return Signature(tuple(_spec(each) for each in taken), tuple(_spec(each) for each in outputs))
-    except (IndexError, KeyError, UnicodeDecodeError):
-        raise ModelRepositoryError(f"{label} is not a complete ONNX model") from None
-    except ValueError as error:
-        raise ModelRepositoryError(f"{label}: {error}") from None
+    except (IndexError, UnicodeDecodeError):
+        raise ValueError(_INCOMPLETE) from None
+
+
+def external_files(raw: bytes) -> list[str]:
+    """Return the files that the weights refer to, as they are written there.
+
+    Raises ValueError if anything else does: ONNX Runtime takes the files of the main graph's initializers
+    from memory, and looks for those of nested graphs, sparse tensors and attributes in the working directory.
+    """
+    locations: dict[str, None] = {}
+    try:
+        for place, tensor in _tensors(memoryview(raw), _MODEL, ()):
+            entries = [value for number, value in _fields(tensor) if number == _TENSOR_EXTERNAL_DATA]
+            stored = [value for number, value in _fields(tensor) if number == _TENSOR_DATA_LOCATION]
+            if not entries and not any(stored):
+                continue
+            if place != _WEIGHTS:
+                name = _text(tensor, _TENSOR_NAME)
+                raise ValueError(f"tensor {name!r} refers to another file and is no weight of the main graph")
+            for entry in entries:
+                if isinstance(entry, memoryview) and _text(entry, _ENTRY_KEY) == "location":
+                    locations[_text(entry, _ENTRY_VALUE)] = None
+    except (IndexError, UnicodeDecodeError, RecursionError):
+        raise ValueError(_INCOMPLETE) from None
+    return list(locations)
+
+
+def _tensors(
+    message: memoryview, kind: str, place: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], memoryview]]:
+    """Yield every TensorProto in ``message`` with the kinds of the messages around it."""
+    within = (*place, kind)
+    below = _NESTED[kind]
+    for number, value in _fields(message):
+        nested = below.get(number)
+        if nested is None or not isinstance(value, memoryview):
+            continue
+        if nested == _TENSOR:
+            yield within, value
+        else:
+            yield from _tensors(value, nested, within)
 
 
 def _spec(value: memoryview) -> TensorSpec:
