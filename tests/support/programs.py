@@ -141,7 +141,9 @@ def _apt_install(package: str) -> None:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        # dpkg refuses to work without the administrator's folders on PATH.
+        path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": path}
         command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", package]
         try:
             _run(f"installing {package}", command, env)
