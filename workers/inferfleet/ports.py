@@ -91,6 +91,10 @@ class Intake(Protocol):
     def joined(self) -> bool:
         """Whether the worker is a member of its group; the assignment may be empty."""
 
+    @property
+    def denied(self) -> str | None:
+        """Why the broker will not let this worker join or take, where a person must mend it."""
+
     def close(self) -> None:
         """Commit what was settled, leave the group and close, within a bound."""
 

@@ -241,14 +241,19 @@ class Requests:
         )
 
 
-class Rejected(NamedTuple):
-    """Requests of one chunk that have their error outcome before any model ran, as columns."""
+class Failures(NamedTuple):
+    """Requests of one chunk that get an error outcome, as columns; ``rows`` ascend.
+
+    An id is ``None`` where it could not be read. ``served`` names the version that failed them, if any did.
+    """
 
     chunk: Chunk
     rows: list[int]
     ids: list[str | None]
     codes: list[Code]
     texts: list[str]
+    replies: list[str | None]
+    traces: list[bytes | None]
     served: Served | None = None
 
 

@@ -203,6 +203,10 @@ class Batcher:
             if not queues:
                 del self._by_model[lane.model, lane.version]
 
+    def waiting(self, model: str, version: str) -> int:
+        """Return how many rows wait for a version."""
+        return sum(queue.rows for queue in self._by_model.get((model, version), ()))
+
     @property
     def lanes(self) -> int:
         """Return how many lanes are known, empty ones included."""

@@ -23,7 +23,7 @@ from inferfleet.records import (
     JSON_ANSWER,
     AnswerForm,
     Chunk,
-    Rejected,
+    Failures,
     Requests,
     Signature,
     Tensors,
@@ -97,7 +97,7 @@ class Decoded(NamedTuple):
     """What a chunk became: every row is in exactly one of them."""
 
     requests: list[Requests]
-    rejected: Rejected | None
+    rejected: Failures | None
 
 
 class _Rejects:
@@ -170,7 +170,7 @@ class Decoder:
         if general:
             self._general(chunk, meta, sorted(general), requests, rejects)
         requests = [part for made in requests for part in self._finish(made, meta, rejects)]
-        return Decoded(requests, self._rejected(chunk, rejects))
+        return Decoded(requests, self._rejected(chunk, meta, rejects))
 
     def _sized(self, chunk: Chunk, meta: ChunkMeta, rejects: _Rejects) -> list[int]:
         """Return the rows whose bodies may be read: present, not too large, headers in order."""
@@ -364,17 +364,20 @@ class Decoder:
         return made.pick(sound)
 
     @staticmethod
-    def _rejected(chunk: Chunk, rejects: _Rejects) -> Rejected | None:
+    def _rejected(chunk: Chunk, meta: ChunkMeta, rejects: _Rejects) -> Failures | None:
         if not rejects.by_row:
             return None
         rows = sorted(rejects.by_row)
         found = [rejects.by_row[row] for row in rows]
-        return Rejected(
+        metas = [PLAIN if meta.metas is None else meta.metas[row] for row in rows]
+        return Failures(
             chunk,
             rows,
             [request_id for request_id, _ in found],
             [error.code for _, error in found],
             [error.text for _, error in found],
+            [found.reply for found in metas],
+            [found.trace for found in metas],
         )
 
 

@@ -1,0 +1,353 @@
+"""Taking chunks from Kafka: one consumer-group member, owned by one thread for life."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from inferfleet.ports import IntakeListener
+from inferfleet.records import Chunk, Headers, Stream
+
+log = structlog.get_logger(__name__)
+
+REVOKE_GRACE_S = 0.5
+COMMIT_TIMEOUT_S = 5.0
+_DENIED = {
+    KafkaError._AUTHENTICATION,
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
+UNREADABLE_HEADERS: Headers = [("inferfleet-unreadable", b"1")]
+
+
+@dataclass(frozen=True)
+class KafkaIntakeOptions:
+    """How to join: ``client`` holds librdkafka properties, the rest is what inferfleet owns.
+
+    ``start`` is ``earliest``, ``latest``, or epoch milliseconds for partitions without a commit.
+    """
+
+    group: str
+    client: Mapping[str, Any]
+    start: str | int = "earliest"
+    protocol: str = "classic"
+    session_timeout_ms: int = 6000
+    instance_id: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def properties(self) -> dict[str, Any]:
+        """Return the consumer's librdkafka properties."""
+        properties: dict[str, Any] = {
+            **self.client,
+            "fetch.queue.backoff.ms": 2,
+            "queued.max.messages.kbytes": 65_536,
+            "reconnect.backoff.max.ms": 1_000,
+            "topic.metadata.refresh.interval.ms": 30_000,
+            **self.overrides,
+            "group.id": self.group,
+            "group.protocol": self.protocol,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": False,
+            "auto.offset.reset": self.start if isinstance(self.start, str) else "earliest",
+        }
+        if self.protocol == "classic":
+            properties["partition.assignment.strategy"] = "cooperative-sticky"
+            properties["session.timeout.ms"] = self.session_timeout_ms
+            properties.setdefault("heartbeat.interval.ms", min(1_000, self.session_timeout_ms // 3))
+            if self.instance_id is not None:
+                properties["group.instance.id"] = self.instance_id
+        return properties
+
+
+class KafkaIntake:
+    """Implements :class:`~inferfleet.ports.Intake` on a confluent-kafka consumer."""
+
+    def __init__(self, options: KafkaIntakeOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options = options
+        self._clock = clock
+        properties = options.properties()
+        properties["on_commit"] = self._on_commit
+        properties["error_cb"] = self._on_error
+        self._consumer = Consumer(properties, logger=silent_logger())
+        self._listener: IntakeListener | None = None
+        self._assigned: dict[tuple[str, int], Stream] = {}
+        self._epochs: dict[Stream, int] = {}
+        self._paused: set[str] = set()
+        self._peak_bytes = 1
+        self._was_assigned = False
+        self._closed = False
+        self.problem: str | None = None
+        self._denied: str | None = None
+
+    def __repr__(self) -> str:
+        return f"KafkaIntake(group={self._options.group}, partitions={len(self._assigned)})"
+
+    def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
+        """Subscribe to exactly these topics; the member joins during the following takes."""
+        self._listener = listener
+        self._consumer.subscribe(
+            sorted(sources), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
+        """Return one chunk per partition that had records; rebalance callbacks run in here.
+
+        The byte bound is kept by the size of the largest recent record: a take may pass it by at most
+        one record's worth when sizes jump.
+        """
+        wanted = max(1, min(max_records, max_bytes // self._peak_bytes))
+        consumer = self._consumer
+        if max_wait_s > 0:
+            first = consumer.poll(max_wait_s)
+            if first is None:
+                return []
+            messages: list[Message] = [first]
+            if wanted > 1:
+                messages += consumer.consume(wanted - 1, 0)
+        else:
+            messages = consumer.consume(wanted, 0)
+        return self._chunks(messages) if messages else []
+
+    def _chunks(self, messages: list[Message]) -> list[Chunk]:
+        now = self._clock()
+        by_partition: dict[tuple[str, int], list[Message]] = {}
+        for message in messages:
+            if message.error() is not None:
+                self._problem(message.error())
+                continue
+            where = (message.topic(), message.partition())
+            try:
+                by_partition[where].append(message)
+            except KeyError:
+                by_partition[where] = [message]
+        chunks: list[Chunk] = []
+        for where, records in by_partition.items():
+            stream = self._assigned.get(where)
+            if stream is None:  # revoked by a callback that ran in the same call
+                continue
+            chunk = Chunk(
+                stream,
+                self._epochs[stream],
+                [m.offset() for m in records],
+                [m.key() for m in records],
+                [m.value() for m in records],
+                _headers(records),
+                [m.timestamp()[1] for m in records],
+                now,
+            )
+            self._peak_bytes = max(chunk.size_bytes // len(chunk) * 2, int(self._peak_bytes * 0.9), 1)
+            chunks.append(chunk)
+        if chunks:
+            self.problem = None
+        return chunks
+
+    def settle(self, positions: Mapping[Stream, int]) -> None:
+        """Commit in the background; a refusal reaches the listener."""
+        offsets = self._owned(positions)
+        if not offsets:
+            return
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            self._refused(offsets, error.args[0])
+
+    def _owned(self, positions: Mapping[Stream, int]) -> list[TopicPartition]:
+        return [
+            TopicPartition(stream.source, stream.partition, position)
+            for stream, position in positions.items()
+            if (stream.source, stream.partition) in self._assigned
+        ]
+
+    def pause(self, sources: Collection[str]) -> None:
+        """Stop fetching from these topics."""
+        self._paused |= set(sources)
+        partitions = self._of(sources)
+        if partitions:
+            self._consumer.pause(partitions)
+
+    def resume(self, sources: Collection[str]) -> None:
+        """Fetch from these topics again."""
+        self._paused -= set(sources)
+        partitions = self._of(sources)
+        if partitions:
+            self._consumer.resume(partitions)
+
+    def _of(self, sources: Collection[str]) -> list[TopicPartition]:
+        return [TopicPartition(topic, number) for topic, number in self._assigned if topic in sources]
+
+    def lag(self) -> dict[Stream, int]:
+        """Return high watermark minus position, for partitions that were fetched from."""
+        out: dict[Stream, int] = {}
+        for (topic, number), stream in self._assigned.items():
+            partition = TopicPartition(topic, number)
+            try:
+                high = self._consumer.get_watermark_offsets(partition, cached=True)[1]
+                position = self._consumer.position([partition])[0].offset
+            except KafkaException:
+                continue
+            if high >= 0 and position >= 0:
+                out[stream] = max(0, high - position)
+        return out
+
+    def drained(self, timeout_s: float) -> bool:
+        """Ask the broker whether every assigned partition is consumed to its end."""
+        try:
+            for topic, number in list(self._assigned):
+                partition = TopicPartition(topic, number)
+                low, high = self._consumer.get_watermark_offsets(partition, timeout=timeout_s)
+                position = self._consumer.position([partition])[0].offset
+                if position < 0:
+                    position = self._consumer.committed([partition], timeout=timeout_s)[0].offset
+                if position < 0:
+                    position = low if self._options.start == "earliest" else high
+                if position < high:
+                    return False
+        except KafkaException as error:
+            self._problem(error.args[0])
+            return False
+        return True
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has answered this member's join."""
+        if self._was_assigned:
+            return True
+        return self._options.protocol == "classic" and bool(self._consumer.memberid())
+
+    @property
+    def denied(self) -> str | None:
+        """Return why the broker refused this member, by authentication or authorisation."""
+        return self._denied
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Return the assigned partitions."""
+        return tuple(self._assigned.values())
+
+    def close(self) -> None:
+        """Leave the group; the revoke callback settles what is left."""
+        if not self._closed:
+            self._closed = True
+            self._consumer.close()
+
+    # Callbacks: they run inside poll, consume and close, on the owner's thread.
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if isinstance(self._options.start, int):
+            partitions = self._start_at(partitions, self._options.start)
+        consumer.incremental_assign(partitions)
+        self._was_assigned = True
+        streams: list[Stream] = []
+        for partition in partitions:
+            stream = Stream(partition.topic, partition.partition)
+            self._assigned[partition.topic, partition.partition] = stream
+            self._epochs[stream] = self._epochs.get(stream, 0) + 1
+            streams.append(stream)
+        paused = [p for p in partitions if p.topic in self._paused]
+        if paused:
+            consumer.pause(paused)
+        log.info("partitions_assigned", partitions=_shown(streams), owned=len(self._assigned))
+        if self._listener is not None:
+            self._listener.assigned(streams)
+
+    def _start_at(self, partitions: list[TopicPartition], timestamp_ms: int) -> list[TopicPartition]:
+        committed = self._consumer.committed(partitions, timeout=COMMIT_TIMEOUT_S)
+        fresh = [
+            TopicPartition(p.topic, p.partition, timestamp_ms)
+            for p in committed
+            if p.offset == OFFSET_INVALID
+        ]
+        found = self._consumer.offsets_for_times(fresh, timeout=COMMIT_TIMEOUT_S) if fresh else []
+        return [p for p in committed if p.offset != OFFSET_INVALID] + found
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        streams = [Stream(p.topic, p.partition) for p in partitions]
+        positions = {} if self._listener is None else self._listener.revoked(streams, REVOKE_GRACE_S)
+        offsets = self._owned(positions)
+        if offsets:
+            try:
+                consumer.commit(offsets=offsets, asynchronous=False)
+            except KafkaException as error:
+                # The new owner starts from the last commit: it repeats what was answered since.
+                log.warning("commit_at_revoke_failed", error=error.args[0].str())
+        self._forget(streams)
+        log.info("partitions_revoked", partitions=_shown(streams), owned=len(self._assigned))
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        del consumer
+        streams = [Stream(p.topic, p.partition) for p in partitions]
+        if self._listener is not None:
+            self._listener.lost(streams)
+        self._forget(streams)
+        log.warning("partitions_lost", partitions=_shown(streams), owned=len(self._assigned))
+
+    def _forget(self, streams: Iterable[Stream]) -> None:
+        for stream in streams:
+            self._assigned.pop((stream.source, stream.partition), None)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        refused = partitions if error is not None else [p for p in partitions if p.error is not None]
+        if refused:
+            self._refused(refused, error or refused[0].error)
+
+    def _refused(self, partitions: list[TopicPartition], error: KafkaError) -> None:
+        if error.code() == KafkaError._NO_OFFSET:
+            return
+        log.warning("commit_refused", error=error.str(), partitions=len(partitions))
+        if self._listener is not None:
+            self._listener.settle_refused([Stream(p.topic, p.partition) for p in partitions])
+
+    def _on_error(self, error: KafkaError) -> None:
+        self._problem(error)
+
+    def _problem(self, error: KafkaError) -> None:
+        text = error.str()
+        if error.code() in _DENIED:
+            self._denied = f"kafka refuses group {self._options.group}: {text} ({error.name()})"
+        if text != self.problem:
+            log.warning("kafka_problem", error=text, code=error.name(), fatal=error.fatal())
+            self.problem = text
+
+
+def _headers(records: list[Message]) -> list[Headers]:
+    try:
+        return [m.headers() for m in records]
+    except UnicodeDecodeError:
+        return [_guarded(m) for m in records]
+
+
+def _guarded(message: Message) -> Headers:
+    """Return the headers, or a mark in their place when a name is not UTF-8."""
+    try:
+        headers: Headers = message.headers()
+        return headers
+    except UnicodeDecodeError:
+        return UNREADABLE_HEADERS
+
+
+def _shown(streams: Iterable[Stream]) -> str:
+    return " ".join(f"{stream.source}[{stream.partition}]" for stream in streams)
+
+
+def silent_logger() -> Any:
+    """Return a logger for librdkafka's own lines: errors reach us through callbacks."""
+    import logging
+
+    logger = logging.getLogger("inferfleet.librdkafka")
+    logger.setLevel(logging.CRITICAL)
+    return logger

@@ -1,0 +1,466 @@
+"""Handing outcomes over: every record gets exactly one, and is settled when all outlets confirmed it.
+
+An outcome goes to each of its route's outlets at once; a :class:`Settling` counts the receipts that are
+out and settles its records when the last one is in. What an outlet refuses is parked and tried again while
+that can help (its route says so meanwhile), or becomes an error outcome when it cannot.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+import xxhash
+
+from inferfleet.errors import RULES, Code
+from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
+from inferfleet.records import (
+    Answer,
+    Array,
+    Chunk,
+    Envelopes,
+    Failures,
+    Header,
+    Requests,
+    Results,
+    RowFailure,
+)
+from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.wire.encode import error_body, error_headers, ok_headers
+from inferfleet.worker.deadletter import dead_letter_headers, default_id
+from inferfleet.worker.plan import RoutePlan, VariantPlan
+
+log = structlog.get_logger(__name__)
+
+PARKED_RETRY_S = 1.0
+PARKED_RETRY_MAX_S = 15.0
+
+Outcome = tuple[str, str, str]
+"""Version, variant, and ``ok`` or the code: what an outcome is counted under."""
+
+
+class Settling:
+    """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out."""
+
+    __slots__ = ("chunk", "delivery", "open", "outcomes", "plan", "rows")
+
+    def __init__(
+        self, delivery: Delivery, plan: RoutePlan, chunk: Chunk, rows: list[int], outcomes: dict[Outcome, int]
+    ) -> None:
+        self.delivery = delivery
+        self.plan = plan
+        self.chunk = chunk
+        self.rows = rows
+        self.outcomes = outcomes
+        self.open = 1  # the hand-over itself; closed when every outlet has been given its share
+
+    def close(self) -> None:
+        """One receipt is complete."""
+        self.open -= 1
+        if not self.open:
+            self.delivery.complete(self)
+
+
+class EnvelopeReceipt:
+    """Implements :class:`~inferfleet.ports.Receipt` for one column set of envelopes."""
+
+    __slots__ = ("envelopes", "left", "rows", "settling")
+
+    def __init__(self, settling: Settling, envelopes: Envelopes, rows: Sequence[int]) -> None:
+        self.settling = settling
+        self.envelopes = envelopes
+        self.rows = rows
+        self.left = len(envelopes)
+        settling.open += 1
+
+    def confirmed(self, count: int) -> None:
+        """``count`` envelopes are durable."""
+        self.left -= count
+        if not self.left:
+            self.settling.close()
+
+    def refused(self, index: int, refusal: Refusal) -> None:
+        """Envelope ``index`` was not accepted: deal with it, then count it as done here."""
+        self.settling.delivery.envelope_refused(self, index, refusal)
+        self.confirmed(1)
+
+
+class ResultReceipt:
+    """What the result store says about one column set of results."""
+
+    __slots__ = ("left", "results", "rows", "settling")
+
+    def __init__(self, settling: Settling, results: Results, rows: Sequence[int]) -> None:
+        self.settling = settling
+        self.results = results
+        self.rows = rows
+        self.left = len(results)
+        settling.open += 1
+
+    def confirmed(self, count: int) -> None:
+        """``count`` results are stored."""
+        self.left -= count
+        if not self.left:
+            self.settling.close()
+
+    def refused(self, index: int, refusal: Refusal) -> None:
+        """Result ``index`` was not stored: the id holds an answer to another payload."""
+        self.settling.delivery.result_refused(self, index, refusal)
+        self.confirmed(1)
+
+
+@dataclass(slots=True)
+class _Parked:
+    """Envelopes that a destination refused for now, and when to offer them again."""
+
+    text: str
+    groups: list[tuple[Settling, Envelopes, list[int]]] = field(default_factory=list)
+    next_at: float = 0.0
+    delay_s: float = PARKED_RETRY_S
+    routes: set[str] = field(default_factory=set)
+
+
+class Delivery:
+    """Joins routes to outlets; owned by the worker loop's thread."""
+
+    def __init__(
+        self,
+        outlet: Outlet,
+        results: ResultOutlet | None,
+        metrics: PrometheusMetrics,
+        clock: Clock,
+        *,
+        max_result_bytes: int,
+        dead_letter_also: frozenset[str] = frozenset(),
+    ) -> None:
+        self._outlet = outlet
+        self._results = results
+        self._metrics = metrics
+        self._clock = clock
+        self.on_settled: Callable[[Settling], None] = _nobody_listens
+        self._max_result_bytes = max_result_bytes
+        self._dead_letter_also = dead_letter_also
+        self._parked: dict[str, _Parked] = {}
+
+    # Answers
+
+    def answer(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
+        """Publish the answers of one part; requests that are late or not finite get errors instead."""
+        part = answer.part
+        if not part.chunk.live:
+            return
+        wrong = self._unfit(plan, answer)
+        if wrong:
+            self.fail(plan, _failures(part, list(wrong), list(wrong.values())))
+            kept = [index for index in range(len(part)) if index not in wrong]
+            if not kept:
+                return
+            answer = _pick(answer, kept)
+        self._publish_answers(plan, variant, answer)
+
+    def _unfit(self, plan: RoutePlan, answer: Answer) -> dict[int, tuple[Code, str]]:
+        """Return the requests of a part whose answers may not be given, by index, ascending."""
+        part = answer.part
+        wrong: dict[int, tuple[Code, str]] = {}
+        if not plan.nan_allowed:
+            for name, array in answer.outputs.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    for index in _nonfinite(part, array):
+                        wrong[index] = (Code.MODEL_OUTPUT, f"output {name} holds NaN or infinity")
+        if part.deadlines_ms is not None:
+            now_ms = self._clock.utc_ms()
+            for index, deadline in enumerate(part.deadlines_ms):
+                if deadline is not None and deadline <= now_ms:
+                    wrong[index] = (Code.DEADLINE, "the deadline passed while the model ran")
+        return dict(sorted(wrong.items()))
+
+    def _publish_answers(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
+        part = answer.part
+        binary = part.form.binary
+        lengths: list[bytes] | None = None
+        if binary and plan.topics:
+            bodies, lengths = variant.writer.binary_bodies(answer)
+        else:
+            bodies = variant.writer.json_bodies(answer)
+        if max(map(len, bodies)) > self._max_result_bytes:
+            self._split_oversize(plan, variant, answer, bodies)
+            return
+        outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
+        settling = Settling(self, plan, part.chunk, part.rows, outcomes)
+        if plan.topics:
+            chunk_keys = part.chunk.keys
+            keys = [chunk_keys[row] for row in part.rows]
+            headers = ok_headers(part, variant.header, lengths)
+            for topic in plan.topics:
+                envelopes = Envelopes(topic, keys, bodies, headers)
+                self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, part.rows))
+        if self._results is not None and (plan.redis or part.replies is not None):
+            stored = variant.writer.json_bodies(answer) if lengths is not None else bodies
+            self._store(settling, part.rows, part.ids, stored, [True] * len(part), part.replies)
+        settling.close()
+
+    def _split_oversize(
+        self, plan: RoutePlan, variant: VariantPlan, answer: Answer, bodies: list[bytes]
+    ) -> None:
+        limit = self._max_result_bytes
+        large = [index for index, body in enumerate(bodies) if len(body) > limit]
+        verdict = (Code.RESULT_TOO_LARGE, f"the answer is larger than {limit} bytes")
+        self.fail(plan, _failures(answer.part, large, [verdict] * len(large)))
+        kept = [index for index, body in enumerate(bodies) if len(body) <= limit]
+        if kept:
+            self._publish_answers(plan, variant, _pick(answer, kept))
+
+    # Errors
+
+    def row_failures(self, plan: RoutePlan, failures: Sequence[RowFailure]) -> None:
+        """Publish the errors of requests that the model failed alone."""
+        for failure in failures:
+            self.fail(plan, _failures(failure.part, [0], [(failure.code, failure.text)]))
+
+    def expired(self, plan: RoutePlan, part: Requests) -> None:
+        """Publish ``E_DEADLINE`` for requests whose deadline passed before they ran."""
+        verdict = (Code.DEADLINE, "the deadline passed before the request ran")
+        self.fail(plan, _failures(part, list(range(len(part))), [verdict] * len(part)))
+
+    def fail(self, plan: RoutePlan, failures: Failures) -> None:
+        """Publish one error outcome for each request, and a dead letter where its code asks for one."""
+        chunk = failures.chunk
+        if not chunk.live:
+            return
+        variant = plan.variant_of(failures.served)
+        named = ("", "") if variant is None else (variant.variant.version, variant.variant.name)
+        outcomes = Counter((*named, code.value) for code in failures.codes)
+        settling = Settling(self, plan, chunk, failures.rows, dict(outcomes))
+        self._publish_errors(settling, failures, plan.topics, store=plan.redis)
+        settling.close()
+
+    def _publish_errors(
+        self, settling: Settling, failures: Failures, topics: Sequence[str], *, store: bool
+    ) -> None:
+        plan, chunk = settling.plan, settling.chunk
+        variant = plan.variant_of(failures.served)
+        served = plan.failed_header if variant is None else variant.header
+        ids = [
+            default_id(chunk, row) if found is None else found
+            for row, found in zip(failures.rows, failures.ids, strict=True)
+        ]
+        bodies = [
+            error_body(text, code, request_id)
+            for text, code, request_id in zip(failures.texts, failures.codes, ids, strict=True)
+        ]
+        if topics:
+            keys = [chunk.keys[row] for row in failures.rows]
+            headers = [
+                error_headers(request_id, code, served, trace)
+                for request_id, code, trace in zip(ids, failures.codes, failures.traces, strict=True)
+            ]
+            for topic in topics:
+                envelopes = Envelopes(topic, keys, bodies, headers)
+                self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, failures.rows))
+        self._publish_dead_letters(settling, failures, served)
+        replies = failures.replies if any(reply is not None for reply in failures.replies) else None
+        if self._results is not None and (store or replies is not None):
+            self._store(
+                settling, failures.rows, ids, bodies, [False] * len(ids), replies, reply_only=not store
+            )
+
+    def _publish_dead_letters(self, settling: Settling, failures: Failures, served: Header) -> None:
+        plan, chunk = settling.plan, settling.chunk
+        kept = [
+            index
+            for index, code in enumerate(failures.codes)
+            if RULES[code].dead_letter or code.value in self._dead_letter_also
+        ]
+        if not kept:
+            return
+        failed_at = b"%d" % self._clock.utc_ms()
+        rows = [failures.rows[index] for index in kept]
+        envelopes = Envelopes(
+            plan.dead_letters,
+            [chunk.keys[row] for row in rows],
+            [chunk.values[row] for row in rows],  # type: ignore[misc]  # a tombstone stays a tombstone
+            [
+                dead_letter_headers(
+                    chunk, failures.rows[i], failures.codes[i], failures.texts[i], served, failed_at
+                )
+                for i in kept
+            ],
+        )
+        for code, count in Counter(failures.codes[index] for index in kept).items():
+            self._metrics.dead_letters(plan.name, code.value, count)
+        self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, rows))
+
+    def _store(
+        self,
+        settling: Settling,
+        rows: list[int],
+        ids: list[str],
+        bodies: list[bytes],
+        ok: list[bool],
+        replies: list[str | None] | None,
+        *,
+        reply_only: bool = False,
+    ) -> None:
+        if self._results is None:
+            return
+        plan = settling.plan
+        values = settling.chunk.values
+        digest = xxhash.xxh3_128_hexdigest
+        hashes: list[str] = [digest(values[row] or b"") for row in rows]
+        only = reply_only or not plan.redis
+        results = Results(plan.name, ids, bodies, ok, hashes, replies, plan.ttl_s, only)
+        self._results.publish(results, ResultReceipt(settling, results, rows))
+
+    # What outlets say
+
+    def envelope_refused(self, receipt: EnvelopeReceipt, index: int, refusal: Refusal) -> None:
+        """Turn an answer that is too large into an error; park everything else for another try."""
+        settling, envelopes = receipt.settling, receipt.envelopes
+        row = receipt.rows[index]
+        plan = settling.plan
+        if refusal.kind is RefusalKind.TOO_LARGE and envelopes.destination in plan.topics:
+            error = Failures(
+                settling.chunk,
+                [row],
+                [_envelope_id(envelopes, index)],
+                [Code.RESULT_TOO_LARGE],
+                [f"the answer is larger than {envelopes.destination} accepts"],
+                [None],
+                [None],
+            )
+            self._publish_errors(settling, error, [envelopes.destination], store=False)
+            return
+        parked = self._parked.get(envelopes.destination)
+        if parked is None:
+            log.error(
+                "outlet_refuses", destination=envelopes.destination, route=plan.name, error=refusal.text
+            )
+            parked = self._parked[envelopes.destination] = _Parked(refusal.text)
+            parked.next_at = self._clock.monotonic() + parked.delay_s
+        settling.open += 1
+        parked.routes.add(plan.name)
+        single = Envelopes(
+            envelopes.destination,
+            [envelopes.keys[index]],
+            [envelopes.values[index]],
+            [envelopes.headers[index]],
+        )
+        parked.groups.append((settling, single, [row]))
+
+    def result_refused(self, receipt: ResultReceipt, index: int, refusal: Refusal) -> None:
+        """Answer a reused id with ``E_DUP_ID``: to the waiting client and the dead letters only."""
+        settling, results = receipt.settling, receipt.results
+        error = Failures(
+            settling.chunk,
+            [receipt.rows[index]],
+            [results.ids[index]],
+            [Code.DUP_ID],
+            [refusal.text],
+            [results.replies[index] if results.replies is not None else None],
+            [None],
+        )
+        settling.outcomes = {("", "", Code.DUP_ID.value): 1, **settling.outcomes}
+        self._publish_errors(settling, error, [], store=False)
+
+    def retry_parked(self, now: float, *, force: bool = False) -> None:
+        """Offer what was refused again, one group a destination first, with growing pauses."""
+        for destination in [d for d, parked in self._parked.items() if force or parked.next_at <= now]:
+            parked = self._parked.pop(destination)
+            log.info("outlet_tried_again", destination=destination, envelopes=len(parked.groups))
+            again = _Parked(parked.text)
+            again.delay_s = min(parked.delay_s * 2, PARKED_RETRY_MAX_S)
+            again.next_at = now + again.delay_s
+            live = [group for group in parked.groups if group[0].chunk.live]
+            if live:
+                # Kept while its envelopes are out, so that a further refusal finds the longer pause.
+                self._parked[destination] = again
+            for settling, envelopes, rows in live:
+                again.routes.add(settling.plan.name)
+                self._outlet.publish(envelopes, _Again(settling, envelopes, rows, self, destination))
+                settling.open -= 1  # the parking place; the receipt above counts for it now
+
+    def accepted_again(self, destination: str) -> None:
+        """A destination took what it had refused: its routes go on."""
+        parked = self._parked.get(destination)
+        if parked is not None and not parked.groups:
+            del self._parked[destination]
+            log.info("outlet_accepts_again", destination=destination)
+
+    def held(self) -> dict[str, str]:
+        """Return the routes that must not take now, and why."""
+        return {
+            route: f"{destination} refuses: {parked.text}"
+            for destination, parked in self._parked.items()
+            for route in parked.routes
+        }
+
+    def complete(self, settling: Settling) -> None:
+        """Every outlet has confirmed: the records are settled."""
+        self.on_settled(settling)
+
+
+class _Again(EnvelopeReceipt):
+    """A receipt for parked envelopes: its confirmation ends the parking."""
+
+    __slots__ = ("delivery", "destination")
+
+    def __init__(
+        self,
+        settling: Settling,
+        envelopes: Envelopes,
+        rows: Sequence[int],
+        delivery: Delivery,
+        destination: str,
+    ) -> None:
+        super().__init__(settling, envelopes, rows)
+        self.delivery = delivery
+        self.destination = destination
+
+    def confirmed(self, count: int) -> None:
+        """``count`` envelopes are durable after all."""
+        self.delivery.accepted_again(self.destination)
+        super().confirmed(count)
+
+    def refused(self, index: int, refusal: Refusal) -> None:
+        """Still not: park it again."""
+        self.settling.delivery.envelope_refused(self, index, refusal)
+        super().confirmed(1)
+
+
+def _nobody_listens(settling: Settling) -> None:
+    raise RuntimeError(f"{settling.chunk} settled before a loop listens")
+
+
+def _failures(part: Requests, indices: list[int], verdicts: Sequence[tuple[Code, str]]) -> Failures:
+    return Failures(
+        part.chunk,
+        [part.rows[i] for i in indices],
+        [part.ids[i] for i in indices],
+        [code for code, _ in verdicts],
+        [text for _, text in verdicts],
+        [None if part.replies is None else part.replies[i] for i in indices],
+        [None if part.traces is None else part.traces[i] for i in indices],
+        part.served,
+    )
+
+
+def _nonfinite(part: Requests, array: Array) -> list[int]:
+    bad_rows: Array = np.logical_not(np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    bounds = part.bounds()
+    return [i for i in range(len(part)) if bad_rows[bounds[i] : bounds[i + 1]].any()]
+
+
+def _pick(answer: Answer, kept: list[int]) -> Answer:
+    """Return the answers of the requests ``kept``."""
+    part = answer.part
+    bounds = part.bounds()
+    tensor_rows = [row for i in kept for row in range(bounds[i], bounds[i + 1])]
+    return Answer(part.pick(kept), {name: array[tensor_rows] for name, array in answer.outputs.items()})
+
+
+def _envelope_id(envelopes: Envelopes, index: int) -> str | None:
+    value = envelopes.headers[index][0][1]
+    return None if value is None else value.decode()

@@ -1,0 +1,182 @@
+"""Routes made ready to run: what each record of a source meets on its way, compiled once per revision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from inferfleet.config import Config, dead_letter_topic
+from inferfleet.core.routing import Steering
+from inferfleet.errors import ConfigError
+from inferfleet.ports import BatchingWishes
+from inferfleet.records import Header, Lane, Requests, Served, Signature
+from inferfleet.routes import Route, Variant
+from inferfleet.wire.decode import Decoder
+from inferfleet.wire.encode import AnswerWriter, served_header
+from inferfleet.wire.request import Limits
+from inferfleet.worker.engine import Engine
+
+
+class VariantPlan:
+    """One variant of a route: its engine, its lanes, and how its answers are written."""
+
+    def __init__(
+        self,
+        route: Route,
+        variant: Variant,
+        revision: str,
+        engine: Engine,
+        limits: BatchingWishes,
+        config: Config,
+    ) -> None:
+        if engine.signature is None:
+            raise ValueError(f"{engine} is not loaded")
+        self.variant = variant
+        self.engine = engine
+        self.served = Served(route.name, route.model, variant.version, variant.name, revision)
+        self.header: Header = served_header(self.served, config.worker_id)
+        self.writer = AnswerWriter(route.model, variant.version, engine.signature)
+        self._max_batch_size = _first(
+            route.max_batch_size, limits.max_batch_size, config.batching.max_batch_size
+        )
+        self._max_batch_size = min(self._max_batch_size, config.limits.in_flight_rows)
+        self._delay_s = (
+            _first(route.max_queue_delay_ms, limits.max_queue_delay_ms, config.batching.max_queue_delay_ms)
+            / 1000
+        )
+        self._sorted = limits.sort_by_length is not False
+        self._lanes: dict[tuple[tuple[int, ...], ...], Lane] = {}
+
+    def lane(self, part: Requests) -> Lane:
+        """Return the lane that ``part`` waits in; requests of equal row shapes share one."""
+        shapes = tuple([array.shape[1:] for array in part.tensors.values()])
+        lane = self._lanes.get(shapes)
+        if lane is None:
+            if len(self._lanes) > 256:
+                self._lanes.clear()
+            lane = self._lanes[shapes] = Lane(
+                self.served.model,
+                self.served.version,
+                "primary",
+                shapes,
+                self._max_batch_size,
+                self._delay_s,
+            )
+        if not self._sorted:
+            part.costs = None
+        return lane
+
+
+class RoutePlan:
+    """Everything the loop needs for the records of one source."""
+
+    def __init__(
+        self,
+        route: Route,
+        revision: str,
+        engines: Mapping[tuple[str, str], Engine],
+        limits: Callable[[str, str], BatchingWishes],
+        config: Config,
+    ) -> None:
+        self.route = route
+        self.revision = revision
+        self.name = route.name
+        self.source = route.source.name
+        self.topics = [destination.name for destination in route.results if destination.kind == "kafka"]
+        self.redis = any(destination.kind == "redis" for destination in route.results)
+        self.dead_letters = dead_letter_topic(config, self.source)
+        self.ttl_s = route.ttl_s if route.ttl_s is not None else config.results.ttl_s
+        self.nan_allowed = route.nan == "allow"
+        self.variants = [
+            VariantPlan(
+                route,
+                variant,
+                revision,
+                engines[route.model, variant.version],
+                limits(route.model, variant.version),
+                config,
+            )
+            for variant in route.variants
+        ]
+        self.failed_header: Header = served_header(
+            Served(route.name, route.model, "", "", revision), config.worker_id
+        )
+        self._steering = Steering(route.salt, [variant.high for variant in route.variants])
+        self._split_by = route.split_by
+        self.decoder = Decoder(
+            route.model,
+            frozenset(variant.version for variant in route.variants),
+            self._signature(),
+            Limits(
+                config.limits.max_request_bytes,
+                min(config.limits.max_request_rows, config.limits.in_flight_rows),
+                self.nan_allowed,
+            ),
+            columns=route.input == "columns",
+            deadline_ms=route.deadline_ms,
+        )
+
+    def __repr__(self) -> str:
+        return f"RoutePlan({self.name}, revision={self.revision})"
+
+    def _signature(self) -> Signature:
+        """Return the signature that all variants share."""
+        first = self.variants[0].engine.signature
+        if first is None:
+            raise ValueError(f"{self.variants[0].engine} is not loaded")
+        for plan in self.variants[1:]:
+            other = plan.engine.signature
+            if other is None or other.inputs != first.inputs or _names(other) != _names(first):
+                raise ConfigError(
+                    f"route {self.name}: versions {self.variants[0].variant.version} and "
+                    f"{plan.variant.version} of model {self.route.model} differ in their inputs or in the "
+                    "names of their outputs; a route's variants must take the same requests"
+                )
+        return first
+
+    def steer(self, part: Requests) -> list[tuple[VariantPlan, Requests]]:
+        """Return the requests of ``part`` by the variant that answers them."""
+        if len(self.variants) == 1:
+            plan = self.variants[0]
+            part.served = plan.served
+            return [(plan, part)]
+        steered: list[tuple[VariantPlan, Requests]] = []
+        for plan, indices in zip(self.variants, self._steering.split(self._keys(part)), strict=True):
+            if indices:
+                piece = part.pick(indices)
+                piece.served = plan.served
+                steered.append((plan, piece))
+        return steered
+
+    def _keys(self, part: Requests) -> Sequence[bytes]:
+        """Return what decides each request's variant: its key, else its id."""
+        if self._split_by == "id":
+            return [request_id.encode() for request_id in part.ids]
+        if self._split_by == "key":
+            keys = part.chunk.keys
+            found = [keys[row] for row in part.rows]
+        else:
+            name = self._split_by.removeprefix("header:").lower()
+            headers = part.chunk.headers
+            found = [
+                next((value for key, value in headers[row] or () if key.lower() == name), None)
+                for row in part.rows
+            ]
+        return [
+            request_id.encode() if key is None else key
+            for key, request_id in zip(found, part.ids, strict=True)
+        ]
+
+    def variant_of(self, served: Served | None) -> VariantPlan | None:
+        """Return the variant that ``served`` names."""
+        return next((plan for plan in self.variants if plan.served == served), None)
+
+
+def _first(*values: float | int | None) -> int:
+    for value in values:
+        if value is not None:
+            return value  # type: ignore[return-value]
+    raise ValueError("no value is set")
+
+
+def _names(signature: Signature) -> set[str]:
+    return {spec.name for spec in signature.outputs}
