@@ -1,0 +1,133 @@
+"""What the demo found, as tables, and where to look further."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from inferfleet.demo import digits, files
+from inferfleet.demo.screen import VersionLine, sum_table, version_table
+from inferfleet.demo.stage import Batches, Stage
+from inferfleet.demo.tally import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Killing:
+    """Which worker was killed, which one took its place, and how things stood at that moment."""
+
+    victim: str
+    successor: str
+    answered: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All that the last table says. ``batches`` are per model and version, ``burst_s`` in seconds."""
+
+    tally: Tally
+    batches: Mapping[tuple[str, str], Batches]
+    killing: Killing
+    burst: int
+    burst_s: float
+    missing_in_redis: int
+
+    @property
+    def lost(self) -> int:
+        """Requests without an outcome in their result topic."""
+        return len(self.tally.unanswered)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every request has its right answer in both places, and nothing else came."""
+        tally = self.tally
+        return not (self.lost or self.missing_in_redis or tally.errors or tally.wrong or tally.strangers)
+
+
+_WHAT = {
+    ("digits", digits.MODEL): {
+        version: f"{digits.MODEL} {version}: {name}" for version, name in digits.VERSIONS.items()
+    },
+    ("files", files.MODEL): {"1": "magika 1: file types"},
+    ("sentences", "minilm"): {"1": "minilm 1: sentences"},
+}
+
+
+def tables(findings: Findings) -> list[Table]:
+    """Return what to draw at the end: the versions, and the sums."""
+    return [version_table(_version_lines(findings)), sum_table(_sums(findings))]
+
+
+def _version_lines(findings: Findings) -> list[VersionLine]:
+    lines = []
+    for (route, model), versions in _WHAT.items():
+        for version, what in versions.items():
+            tally = findings.tally.versions.get((route, version))
+            if tally is not None:
+                batches = findings.batches.get((model, version), Batches())
+                lines.append(
+                    VersionLine(route, what, tally.answered, tally.accuracy, batches.count, batches.rows)
+                )
+    return lines
+
+
+def _sums(findings: Findings) -> list[tuple[str, str]]:
+    tally, killing = findings.tally, findings.killing
+    rows = [
+        ("sent", str(tally.sent)),
+        ("answered", f"{tally.answered}, of these {tally.sent - findings.missing_in_redis} also in Redis"),
+        ("lost", f"[bold {'red' if findings.lost else 'green'}]{findings.lost}[/]"),
+        ("answered twice", f"{tally.duplicates} (at least once: what a killed worker had not committed)"),
+        ("errors, wrong answers", f"{len(tally.errors)}, {len(tally.wrong)}"),
+        (
+            "killed",
+            f"{killing.victim} by SIGKILL after {killing.answered} answers, with {killing.waiting} requests "
+            f"under way; {killing.successor} took its place",
+        ),
+        (
+            "slowest answer",
+            f"{tally.slowest_s:.1f} s: its partition waited until the group missed {killing.victim}",
+        ),
+        ("throughput", _throughput(findings)),
+        ("answers by worker", ", ".join(f"{name} {count}" for name, count in sorted(tally.workers.items()))),
+    ]
+    rows += [("for example", line) for line in (tally.errors + tally.wrong)[:3]]
+    return rows
+
+
+def _throughput(findings: Findings) -> str:
+    if not findings.burst_s:
+        return "not measured: the last burst was not answered"
+    rate = findings.burst / findings.burst_s
+    return f"{rate:,.0f} requests/s in the last burst ({findings.burst} at once, {findings.burst_s:.2f} s)"
+
+
+def hints(stage: Stage, kafka: str, redis_port: int, kept: bool) -> str:
+    """Return where to look: exact commands while it runs, how to have that otherwise."""
+    if not kept:
+        return (
+            "Everything is stopped again. Settings, routes, models and logs stay in "
+            f"{stage.folder}/ for a look.\nTo leave it running and ask it yourself: {_command()} --keep"
+        )
+    image = ",".join(["0"] * 63 + ["16"])
+    return "\n".join(
+        [
+            "It goes on running. Where to look:",
+            f"  redis-cli -p {redis_port} GET inferfleet:result:digits:digit-42",
+            f"  kcat -b {kafka} -t digits.results -C -e -o -3 -f '%h\\n%s\\n\\n'",
+            "  echo '" + '{"id":"mine","inputs":[{"name":"image","datatype":"FP32","shape":[1,64],"data":['
+            f"{image}" + "]}]}' \\",
+            f"    | kcat -b {kafka} -t digits.requests -P -k mine",
+            f"  inferfleet --help, with --config {stage.fleet_toml}",
+            f"  logs in {stage.logs}/, process ids in {stage.record}",
+            f"To end it: {_command()} --stop",
+        ]
+    )
+
+
+def _command() -> str:
+    return "./scripts/demo" if Path("scripts/demo").is_file() else f"{Path(sys.argv[0]).name} demo"

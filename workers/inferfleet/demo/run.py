@@ -1,0 +1,133 @@
+"""The demo from start to end: servers, models, workers, requests, one kill, one table, and away again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferfleet.core.routing import Steering
+from inferfleet.demo import digits, files, servers
+from inferfleet.demo.broker import PARTITIONS
+from inferfleet.demo.processes import DemoError, Processes, recorded
+from inferfleet.demo.report import Findings, hints, tables
+from inferfleet.demo.screen import Screen
+from inferfleet.demo.show import Show
+from inferfleet.demo.stage import FLEET, GROUP, Stage, start_worker, wait_until_ready
+from inferfleet.demo.tally import Tally
+from inferfleet.demo.traffic import DigitsLoad, FilesLoad, Load
+from inferfleet.demo.wires import Wires
+from inferfleet.routes import load_routes
+
+FILES = 240
+WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to show and where: ``folder`` is emptied and filled, ``cache`` keeps Kafka's jars."""
+
+    folder: Path = Path(".demo")
+    cache: Path = Path(".cache")
+    keep: bool = False
+    torch: bool = False
+    real_kafka: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the demo's servers listen."""
+
+    kafka: str
+    redis_port: int
+
+
+def run(options: Options) -> bool:
+    """Show the main job; returns whether every request was answered, and rightly.
+
+    Raises :class:`~inferfleet.demo.processes.DemoError` when something is missing or does not come up.
+    Whatever happens, what was started is ended, unless ``keep`` is asked for and the show went through.
+    """
+    screen = Screen()
+    routes = ("digits", "files", *(["sentences"] if options.torch else []))
+    stage = Stage(options.folder, routes)
+    if recorded(stage.record):
+        raise DemoError(f"a demo runs in {options.folder} already; end it with `inferfleet demo --stop`")
+    stage.clear()
+    processes = Processes(stage.record)
+    kept = False
+    try:
+        with _sigterm_like_ctrl_c():
+            addresses = _start_servers(options, stage, processes, screen)
+            findings = _perform(stage, processes, addresses, screen)
+        kept = options.keep
+    except KeyboardInterrupt:
+        screen.say("stopped: ending what was started")
+        raise
+    finally:
+        if not kept:
+            processes.stop()
+            shutil.rmtree(stage.data, ignore_errors=True)
+    for table in tables(findings):
+        screen.show(table)
+    screen.show(hints(stage, addresses.kafka, addresses.redis_port, kept))
+    return findings.passed
+
+
+def _start_servers(options: Options, stage: Stage, processes: Processes, screen: Screen) -> Addresses:
+    if options.real_kafka:
+        kafka = servers.start_kafka(processes, stage.data, stage.logs, options.cache)
+        servers.create_topics(kafka, stage.topics, PARTITIONS)
+    else:
+        kafka = servers.start_broker(processes, stage.logs, stage.topics, detached=options.keep)
+    what = f"Kafka {servers.KAFKA_VERSION}" if options.real_kafka else "embedded Kafka broker"
+    port = servers.start_redis(processes, stage.data, stage.logs)
+    screen.say(f"{what} on {kafka}, Redis on 127.0.0.1:{port}")
+    stage.write_settings(kafka, port, embedded=not options.real_kafka)
+    return Addresses(kafka, port)
+
+
+def _perform(stage: Stage, processes: Processes, addresses: Addresses, screen: Screen) -> Findings:
+    data = digits.load_digits()
+    classifiers = digits.train(data)
+    stage.add_digits({version: digits.layers_of(each) for version, each in classifiers.items()})
+    types = files.load_file_types()
+    stage.add_file_types(types)
+    screen.say("two versions of a digits classifier trained, magika taken from its wheel: all as ONNX")
+    workers = [start_worker(processes, stage, f"worker-{number + 1}") for number in range(WORKERS)]
+
+    # The workers start while the requests are prepared.
+    route = load_routes(stage.folder / "routes.toml", FLEET).named("digits")
+    steering = Steering(route.salt, [variant.high for variant in route.variants])
+    loads: dict[str, Load] = {
+        "digits": DigitsLoad("digits", data, digits.expected_probabilities(classifiers, data), steering),
+        "files": FilesLoad("files", types, files.sample_files(types, FILES)),
+    }
+    wait_until_ready(workers)
+    screen.say(
+        f"{WORKERS} workers are ready: {', '.join(f'{each.name} pid {each.started.pid}' for each in workers)}"
+    )
+
+    tally = Tally(loads)
+    wires = Wires(addresses.kafka, GROUP, stage.routes, tally)
+    try:
+        return Show(stage, processes, wires, tally, workers, screen).perform(addresses.redis_port)
+    finally:
+        wires.close()
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the demo the way Ctrl-C does, so that nothing it started is left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
