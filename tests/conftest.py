@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,25 +17,35 @@ TopicFactory = Callable[..., str]
 
 
 @contextmanager
-def _started(server: KafkaServer | RedisServer | RabbitServer) -> Iterator[None]:
-    """Run a server; where it cannot be had, skip on a laptop and fail where servers are required."""
+def _servers_or_skip() -> Iterator[None]:
+    """Where a server cannot be had, skip on a laptop and fail where servers are required."""
     try:
-        server.start()
+        yield
     except MissingServerError as error:
         if os.environ.get("CI") == "true" or os.environ.get("INFERFLEET_TEST_REQUIRE_SERVERS") == "1":
             pytest.fail(f"a required server is missing: {error}", pytrace=False)
         pytest.skip(str(error))
-    try:
-        yield
-    finally:
-        server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """Apply the rule to servers that fixtures start."""
+    with _servers_or_skip():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Apply the rule to servers that tests start by themselves."""
+    with _servers_or_skip():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     """A Kafka broker shared by the whole run; use ``topic`` for names of your own."""
     server = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    with _started(server):
+    with server:
         yield server
 
 
@@ -44,7 +54,7 @@ def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServ
     """A Kafka broker with SASL_SSL that denies what no rule allows; its users are alice, bob and worker."""
     users = {"alice": "alice-secret", "bob": "bob-secret", "worker": "worker-secret"}
     server = KafkaServer(tmp_path_factory.mktemp("secure-kafka"), sasl_ssl=True, users=users)
-    with _started(server):
+    with server:
         yield server
 
 
@@ -52,7 +62,7 @@ def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServ
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis shared by the whole run; use keys of your own."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
-    with _started(server):
+    with server:
         yield server
 
 
@@ -60,7 +70,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
     """A RabbitMQ node shared by the whole run; use queue names of your own."""
     server = RabbitServer(tmp_path_factory.mktemp("rabbitmq"))
-    with _started(server):
+    with server:
         yield server
 
 

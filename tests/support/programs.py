@@ -48,7 +48,7 @@ def java() -> str:
 
 def kafka_libs() -> Path:
     """Return the folder of Kafka's jars, fetching them with Maven the first time (45 files, 44 MB)."""
-    if KAFKA_LIBS.is_dir():
+    if (KAFKA_LIBS / f"kafka_2.13-{KAFKA_VERSION}.jar").exists():
         return KAFKA_LIBS
     maven = shutil.which("mvn")
     if maven is None:
