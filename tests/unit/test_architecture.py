@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "coordinator": BELOW_ADAPTERS | {"telemetry"},
     "client": BELOW_ADAPTERS | {"telemetry"},
     "testing": BELOW_ADAPTERS,
-    "cli": BELOW_ADAPTERS | set(ADAPTERS) | {"worker", "coordinator", "client", "package"},
-    "demo": BELOW_ADAPTERS | set(ADAPTERS) | {"worker", "coordinator", "client", "package", "cli"},
+    "demo": BELOW_ADAPTERS | set(ADAPTERS) | {"worker", "coordinator", "client", "package"},
+    "cli": BELOW_ADAPTERS | set(ADAPTERS) | {"worker", "coordinator", "client", "package", "demo"},
     "package": {"client"},
 }
 
@@ -122,8 +122,9 @@ def modules_by_name() -> dict[str, Path]:
 
 @cache
 def all_imports() -> tuple[Import, ...]:
-    """Return every import statement of the package."""
-    return tuple(found for module, path in modules_by_name().items() for found in imports_of(module, path))
+    """Return every import of the package, each statement's module once."""
+    found = (one for module, path in modules_by_name().items() for one in imports_of(module, path))
+    return tuple(dict.fromkeys(found))
 
 
 def test_imports_point_one_way() -> None:
