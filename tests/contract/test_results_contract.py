@@ -13,10 +13,10 @@ import redis
 
 from inferfleet.ports import Refusal, RefusalKind, ResultOutlet
 from inferfleet.records import Results
-from inferfleet.results.connect import Place, connect
+from inferfleet.redis_access import Place, connect
 from inferfleet.results.memory import MemoryResults
 from inferfleet.results.redis import OutletOptions, RedisResults
-from inferfleet.results.stored import payload_hash, payload_of, reply_key, result_key
+from inferfleet.wire.stored import payload_hash, payload_of, reply_key, result_key
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 

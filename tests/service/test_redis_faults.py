@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 
 from inferfleet.ports import Refusal
 from inferfleet.records import Results
-from inferfleet.results.connect import Place, connect, connect_cluster
+from inferfleet.redis_access import Place, connect, connect_cluster
 from inferfleet.results.redis import OutletOptions, RedisResults
-from inferfleet.results.stored import payload_hash, reply_key, result_key
+from inferfleet.wire.stored import payload_hash, reply_key, result_key
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 

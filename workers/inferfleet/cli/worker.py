@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any
@@ -140,21 +141,17 @@ def _results(
     routes = table.of_pool(config.worker.pool)
     if not any(result.kind == "redis" for route in routes for result in route.results):
         return None
-    from inferfleet.results.connect import Place, connect, connect_cluster
-    from inferfleet.results.redis import RedisResults
+    from inferfleet.redis_access import open_redis, place_of
+    from inferfleet.results.redis import OutletOptions, RedisResults
 
-    settings = config.redis
-    place = Place(
-        settings.url,
-        settings.mode,
-        tuple(settings.nodes),
-        settings.sentinel_master,
-        lambda: (config.current("redis.username"), config.current("redis.password")),
-        client_name=config.worker_id,
-    )
-    make = connect_cluster if settings.mode == "cluster" else connect
+    place = replace(place_of(config), client_name=config.worker_id)
     return RedisResults(
-        lambda: make(place), config.fleet.name, wake=lambda: news.put(None), stood=metrics.redeliveries
+        lambda: open_redis(place),
+        config.fleet.name,
+        wake=lambda: news.put(None),
+        stood=metrics.redeliveries,
+        # Keys of one atomic step share a slot on a cluster, so there each row is a step.
+        options=OutletOptions(rows_per_step=1) if place.mode == "cluster" else None,
     )
 
 

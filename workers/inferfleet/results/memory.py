@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Results
-from inferfleet.results.stored import Verdict, duplicate_text, is_error, judge, mark
+from inferfleet.wire.stored import Verdict, duplicate_text, is_error, judge, mark
 
 
 class Stored(NamedTuple):

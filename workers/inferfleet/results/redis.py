@@ -22,7 +22,7 @@ from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Results
 from inferfleet.results.failures import Trouble, diagnose
 from inferfleet.results.scripts import REPLY, WRITE, Script
-from inferfleet.results.stored import Verdict, duplicate_text, is_error, mark, reply_key, result_key
+from inferfleet.wire.stored import Verdict, duplicate_text, is_error, mark, reply_key, result_key
 
 log = structlog.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Opens Redis for the outlet and for clients: one server, a cluster, or sentinels.
+"""Opens Redis for whoever needs it: one server, a cluster, or sentinels.
 
 redis-py's own retries are off: the caller repeats the whole step, which is idempotent, and knows that it did.
 """
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import redis
 import redis.asyncio
+from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
@@ -19,6 +20,7 @@ from redis.credentials import CredentialProvider
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from inferfleet.config import Config
 from inferfleet.errors import ConfigError
 
 Credentials: TypeAlias = Callable[[], tuple[str, str]]
@@ -36,6 +38,16 @@ class Place:
     credentials: Credentials | None = None
     timeout_s: float = 5.0
     client_name: str = "inferfleet"
+
+
+def place_of(config: Config) -> Place:
+    """Return where the results' Redis is; user name and password are read anew at each connection."""
+
+    def credentials() -> tuple[str, str]:
+        return config.current("redis.username"), config.current("redis.password")
+
+    section = config.redis
+    return Place(section.url, section.mode, section.nodes, section.sentinel_master, credentials)
 
 
 class _Asked(CredentialProvider):
@@ -66,6 +78,7 @@ def _options(place: Place) -> dict[str, Any]:
         "socket_timeout": place.timeout_s,
         "socket_connect_timeout": place.timeout_s,
         "client_name": place.client_name,
+        "protocol": 2,  # replies have one shape, whatever server answers
     }
     if place.credentials is not None and any(place.credentials()):
         options["credential_provider"] = _Asked(place.credentials)
@@ -98,22 +111,35 @@ def connect(place: Place) -> redis.Redis:
 
 def connect_cluster(place: Place) -> RedisCluster:
     """Return a cluster client; unlike :func:`connect` it looks at the cluster before it returns."""
-    options = _options(place)
     if place.nodes:
         node: Any = ClusterNode
-        return RedisCluster(startup_nodes=[node(host, port) for host, port in _nodes(place)], **options)
-    return RedisCluster.from_url(place.url, **options)
+        nodes = [node(host, port) for host, port in _nodes(place)]
+        return RedisCluster(startup_nodes=nodes, **_options(place))
+    return RedisCluster.from_url(place.url, **_options(place))
 
 
-def connect_async(place: Place) -> redis.asyncio.Redis:
-    """Return an asyncio client of one server or of a sentinel's master."""
-    options = _options(place) | {"retry": AsyncRetry(NoBackoff(), 0)}
-    if place.mode == "sentinel":
-        found: redis.asyncio.Redis = _sentinels(AsyncSentinel, place, options).master_for(
-            place.sentinel_master
-        )
-        return found
+def open_redis(place: Place) -> Any:
+    """Return a client for any mode: a ``redis.Redis``, or a ``RedisCluster`` with the same commands."""
+    return connect_cluster(place) if place.mode == "cluster" else connect(place)
+
+
+def open_redis_async(place: Place) -> Any:
+    """Return an asyncio client for any mode; it connects when it is first used.
+
+    Raises :class:`~inferfleet.errors.ConfigError` for a URL that cannot be read.
+    """
+    options = _options(place)
     try:
+        if place.mode == "cluster":
+            return AsyncRedisCluster.from_url(_first_url(place), **options)
+        options["retry"] = AsyncRetry(NoBackoff(), 0)
+        if place.mode == "sentinel":
+            return _sentinels(AsyncSentinel, place, options).master_for(place.sentinel_master)
         return redis.asyncio.Redis.from_url(place.url, **options)
     except ValueError as error:
         raise ConfigError(f"[redis] url: {error}") from None
+
+
+def _first_url(place: Place) -> str:
+    scheme = place.url.partition("://")[0]
+    return f"{scheme}://{place.nodes[0]}" if place.nodes else place.url

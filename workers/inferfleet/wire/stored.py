@@ -68,7 +68,7 @@ class Verdict(IntEnum):
 
 
 def judge(standing: bytes, body: bytes) -> Verdict:
-    """Return what becomes of ``body`` where ``standing`` stands; the script in ``scripts`` does the same."""
+    """Return what becomes of ``body`` where ``standing`` stands; ``results.scripts`` says the same in Lua."""
     old, new = payload_of(standing), payload_of(body)
     differs = bool(old and new and old != new)
     if is_error(standing):

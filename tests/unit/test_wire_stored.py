@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferfleet.results.connect import JoinPacker
-from inferfleet.results.stored import Verdict, judge, mark, payload_hash, payload_of
+from inferfleet.redis_access import JoinPacker
+from inferfleet.wire.stored import Verdict, judge, mark, payload_hash, payload_of
 
 OK, ERROR = b'{"model_name":"m"}', b'{"error":"no"}'
 ONE, TWO = payload_hash(b"1"), payload_hash(b"2")
