@@ -49,7 +49,12 @@ CORE_LIBRARIES = {"numpy", "xxhash"}
 CLOCK_READS = {"now", "utcnow", "today"}
 
 ENGINES = {"torch", "onnxruntime", "transformers"}
-ENGINE_MODULES = ("inferfleet.runtimes.torch", "inferfleet.runtimes.onnx")
+ENGINE_MODULES = (
+    "inferfleet.runtimes.torch",
+    "inferfleet.runtimes.onnx",
+    # A model's own code: copied into its version folder and run from there, imported by nobody.
+    "inferfleet.demo.sentence_handler",
+)
 LIGHT_MODULES = ("inferfleet", "inferfleet.cli", "inferfleet.client", "inferfleet.core", "inferfleet.worker")
 
 
