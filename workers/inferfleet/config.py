@@ -238,8 +238,12 @@ class Config(Section, frozen=True):
 
     @property
     def group(self) -> str:
-        """The Kafka consumer group."""
-        return self.kafka.group or f"{self.fleet.name}.{self.worker.pool}"
+        """The Kafka consumer group of this worker's pool."""
+        return self.group_of(self.worker.pool)
+
+    def group_of(self, pool: str) -> str:
+        """Return the Kafka consumer group of a pool."""
+        return self.kafka.group or f"{self.fleet.name}.{pool}"
 
     @property
     def worker_id(self) -> str:
@@ -263,6 +267,18 @@ class Config(Section, frozen=True):
         """The routes file; ``None`` when routes come from the control plane."""
         kind, _, name = self.routes.source.partition(":")
         return self.base / name if kind == "file" else None
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """Every secret value, so that none of them is ever logged."""
+        found: set[str] = set()
+        for name in SECTIONS:
+            section = getattr(self, name)
+            for key in section.__struct_fields__ if section is not None else ():
+                value = getattr(section, key)
+                pairs = value.items() if isinstance(value, dict) else [(key, value)]
+                found.update(str(each) for prop, each in pairs if each and tables.secret_name(prop))
+        return frozenset(found)
 
     def current(self, key: str) -> str:
         """Return the string under a dotted key (``redis.password``), read anew if it was given by file."""
