@@ -39,6 +39,12 @@ class Place:
     timeout_s: float = 5.0
     client_name: str = "inferfleet"
 
+    @property
+    def shown(self) -> str:
+        """The address without user name and password, for messages."""
+        scheme, _, rest = self.url.partition("://")
+        return ", ".join(self.nodes) or f"{scheme}://{rest.rpartition('@')[2]}"
+
 
 def place_of(config: Config) -> Place:
     """Return where the results' Redis is; user name and password are read anew at each connection."""

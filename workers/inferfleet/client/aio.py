@@ -222,7 +222,7 @@ class AsyncClient:
                     swept_at = time.monotonic()
                 self._trouble, delay_s = "", _FIRST_DELAY_S
             except (RedisError, OSError) as error:
-                self._trouble = f"; Redis does not answer: {error}"
+                self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, delay_s * 2)
 
@@ -247,7 +247,7 @@ class AsyncClient:
         try:
             body = await self._open().get(result_key(self._session.fleet, route, request_id))
         except (RedisError, OSError) as error:
-            self._trouble = f"; Redis does not answer: {error}"
+            self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
             return
         if body is not None:
             self._inbox.stands(request_id, body, last=True)
@@ -260,7 +260,7 @@ class AsyncClient:
                 body = await self._open().get(result_key(self._session.fleet, route, request_id))
                 self._trouble = ""
             except (RedisError, OSError) as error:
-                body, self._trouble = None, f"; Redis does not answer: {error}"
+                body, self._trouble = None, f"; Redis at {self._session.place.shown} does not answer: {error}"
             if body is not None:
                 return Result(request_id, route, body)
             left = ends_at - time.monotonic()

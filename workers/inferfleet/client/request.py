@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from inferfleet.datatypes import DATATYPES
-from inferfleet.errors import Code, RequestError
+from inferfleet.errors import RequestError
 from inferfleet.records import Array
 from inferfleet.wire import headers as names
 from inferfleet.wire.headers import check_id
@@ -134,15 +134,17 @@ def _described(name: str, array: Array) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [_text(each) for each in value.tolist()] if value.dtype == object else value.tolist()
-    return value
+        return _texts(value.tolist()) if value.dtype == object else value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def _text(element: Any) -> Any:
+def _texts(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_texts(each) for each in value]
     try:
-        return element.decode() if isinstance(element, bytes) else element
+        return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:
-        raise RequestError(Code.DECODE, "bytes that are not UTF-8 need binary=True") from None
+        raise ValueError("bytes that are not UTF-8 need binary=True") from None
 
 
 def _binary(tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, bytes]]:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -134,6 +134,19 @@ class Client:
             raise outcome
         return outcome
 
+    def peek(self, route: str, ids: Sequence[str]) -> dict[str, Result]:
+        """Return the results that stand now, by id, whoever submitted them; one round trip.
+
+        Raises :class:`ClientError` while Redis does not answer.
+        """
+        keys = [result_key(self._session.fleet, route, request_id) for request_id in ids]
+        try:
+            bodies = _get_all(self._shared(), keys)
+        except (RedisError, OSError) as error:
+            raise ClientError(f"Redis at {self._session.place.shown} does not answer: {error}") from None
+        found = zip(ids, bodies, strict=True)
+        return {request_id: Result(request_id, route, body) for request_id, body in found if body is not None}
+
     def map(
         self,
         route: str,
@@ -247,7 +260,7 @@ class Client:
                     swept_at = time.monotonic()
                 self._trouble, delay_s = "", _FIRST_DELAY_S
             except (RedisError, OSError) as error:
-                self._trouble = f"; Redis does not answer: {error}"
+                self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
                 if redis is not None:
                     redis.close()
                     redis = None
@@ -270,10 +283,7 @@ class Client:
             pairs = self._inbox.oldest(SWEEP_ROWS)
         if not pairs:
             return
-        with redis.pipeline(transaction=False) as pipe:
-            for route, request_id in pairs:
-                pipe.get(result_key(self._session.fleet, route, request_id))
-            bodies = pipe.execute()
+        bodies = _get_all(redis, [result_key(self._session.fleet, route, id_) for route, id_ in pairs])
         with self._lock:
             for (_, request_id), body in zip(pairs, bodies, strict=True):
                 if body is not None:
@@ -296,7 +306,7 @@ class Client:
         try:
             body = self._get(route, request_id) if route is not None else None
         except (RedisError, OSError) as error:
-            self._trouble = f"; Redis does not answer: {error}"
+            self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
             return
         if body is not None:
             with self._lock:
@@ -310,7 +320,7 @@ class Client:
                 body = self._get(route, request_id)
                 self._trouble = ""
             except (RedisError, OSError) as error:
-                body, self._trouble = None, f"; Redis does not answer: {error}"
+                body, self._trouble = None, f"; Redis at {self._session.place.shown} does not answer: {error}"
             if body is not None:
                 return Result(request_id, route, body)
             left = ends_at - time.monotonic()
@@ -320,6 +330,15 @@ class Client:
 
     def _late(self, request_id: str, timeout: float) -> ResultTimeout:
         return ResultTimeout(f"no result of {request_id} within {timeout:g} s{self._trouble}", request_id)
+
+
+def _get_all(redis: Any, keys: Sequence[str]) -> list[bytes | None]:
+    """Return the values under ``keys``; a pipeline, because a cluster has no MGET over several slots."""
+    with redis.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.get(key)
+        bodies: list[bytes | None] = pipe.execute()
+    return bodies
 
 
 def _abandon(redis: Any, stream: str) -> None:
