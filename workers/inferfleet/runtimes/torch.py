@@ -164,7 +164,7 @@ class TorchModel:
             missing = [name for name in names if name not in given]
             if missing:
                 raise ValueError(
-                    f"the module returned {', '.join(map(str, given))}, and no {', '.join(missing)}"
+                    f"the module returned {', '.join(map(str, given))}, not {', '.join(missing)}"
                 )
             return [given[name] for name in names]
         if not isinstance(given, tuple | list):
