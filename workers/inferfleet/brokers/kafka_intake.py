@@ -55,6 +55,7 @@ class KafkaIntakeOptions:
             **self.client,
             "fetch.queue.backoff.ms": 2,
             "queued.max.messages.kbytes": 65_536,
+            "fetch.wait.max.ms": 100,
             "reconnect.backoff.max.ms": 1_000,
             "topic.metadata.refresh.interval.ms": 30_000,
             **self.overrides,

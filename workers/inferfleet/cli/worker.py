@@ -15,6 +15,7 @@ import click
 import structlog
 
 from inferfleet import __version__
+from inferfleet.cli.frame import Session
 from inferfleet.config import Config, check_supported, kafka_client_config
 from inferfleet.errors import BrokerError, ConfigError
 from inferfleet.ports import BatchingWishes, LoadedModel, ResultOutlet
@@ -54,7 +55,7 @@ class RepositoryModels:
 @click.command()
 @click.option("--until-idle", type=float, metavar="S", help="Exit 0 after S seconds with nothing to do.")
 @click.pass_obj
-def worker(config: Config, until_idle: float | None) -> None:
+def worker(session: Session, until_idle: float | None) -> None:
     """Run one worker until SIGTERM; it drains and exits 0.
 
     A second SIGTERM stops at once: what was taken is taken again by another worker.
@@ -64,6 +65,7 @@ def worker(config: Config, until_idle: float | None) -> None:
       inferfleet --config fleet.toml worker
       inferfleet worker --until-idle 10
     """
+    config = session.config
     check_supported(config)
     secrets = [value for value in (config.redis.password, config.rabbitmq.password) if value]
     configure(config.log.format, config.log.level, secrets=secrets)
