@@ -44,7 +44,8 @@ class DeadLetter(msgspec.Struct, frozen=True):
         named = next((value for name, value in self.headers if name.lower() == "inferfleet-id"), None)
         if named:
             return named.decode(errors="replace")
-        return "-".join(self.header(f"inferfleet-origin-{name}") for name in ("topic", "partition", "offset"))
+        names = ("topic", "partition", "offset")
+        return "-".join(filter(None, (self.header(f"inferfleet-origin-{name}") for name in names)))
 
     @property
     def place(self) -> str:

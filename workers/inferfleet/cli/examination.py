@@ -113,7 +113,8 @@ def _topics(
     for role, name in route_topics(config, route):
         label, found = f"topic {name}", facts[name]
         if found.problem:
-            yield Finding(label, "FAIL", f"{role} of route {route.name}: {found.problem}; {PLAN_HINT}")
+            mend = RIGHTS_HINT if found.denied else PLAN_HINT
+            yield Finding(label, "FAIL", f"{role} of route {route.name}: {found.problem}; {mend}")
             continue
         right = "READ" if role == "source" else "WRITE"
         if found.rights and not found.rights & {right, "ALL"}:

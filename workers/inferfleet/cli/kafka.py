@@ -38,6 +38,7 @@ class TopicFacts(NamedTuple):
     partitions: int = 0
     rights: frozenset[str] = frozenset()
     problem: str = ""
+    denied: bool = False
 
 
 class Member(NamedTuple):
@@ -85,6 +86,7 @@ class Cluster:
         except (KafkaException, ValueError, TypeError) as error:
             raise ConfigError(f"{config.path}: [kafka.client] {_reason(error)}") from None
         self._consumers: dict[str, Consumer] = {}
+        self._has_controller = True
 
     def close(self) -> None:
         """Close every connection."""
@@ -97,8 +99,9 @@ class Cluster:
         until = time.monotonic() + self._answer_s
         while True:
             try:
-                found = self._admin.list_topics(timeout=1.0).topics
-                return {name: len(each.partitions) for name, each in found.items()}
+                metadata = self._admin.list_topics(timeout=1.0)
+                self._has_controller = metadata.controller_id in metadata.brokers
+                return {name: len(each.partitions) for name, each in metadata.topics.items()}
             except KafkaException as error:
                 self._admin.poll(0)
                 refused = [each for each in self._errors if each.code() in {*_LOGIN, KafkaError._SSL}]
@@ -109,6 +112,11 @@ class Cluster:
         """Return what the broker says of each topic, also of those that are missing or hidden."""
         if not names:
             return {}
+        if not self._has_controller:
+            # An embedded broker: it would be asked in vain for as long as the timeout allows.
+            standing = self.topics()
+            missing = TopicFacts(problem="does not exist")
+            return {name: TopicFacts(standing[name]) if name in standing else missing for name in names}
         asked = self._admin.describe_topics(
             TopicCollection(list(names)), include_authorized_operations=True, request_timeout=self._answer_s
         )
@@ -236,7 +244,7 @@ def _topic_facts(future: Any) -> TopicFacts:
         if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
             return TopicFacts(problem="does not exist")
         if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-            return TopicFacts(problem="may not be seen by this user, or does not exist")
+            return TopicFacts(problem="this user has no right on it, or it does not exist", denied=True)
         return TopicFacts(problem=_reason(error))
     return TopicFacts(len(found.partitions), _operations(found.authorized_operations))
 
