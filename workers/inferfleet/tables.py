@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import inspect
@@ -85,13 +85,13 @@ def expectation(kind: Any) -> str:
         for meta in get_args(kind)[1:]:
             if isinstance(meta, msgspec.Meta) and meta.description:
                 return meta.description
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{value}"' for value in get_args(kind))
     return _expectation(inspect.type_info(kind))
 
 
 def _expectation(info: inspect.Type) -> str:
     match info:
-        case inspect.LiteralType(values=values):
-            return "one of " + ", ".join(f'"{value}"' for value in values)
         case inspect.BoolType():
             return "true or false"
         case inspect.IntType() | inspect.FloatType():
