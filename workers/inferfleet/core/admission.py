@@ -30,10 +30,10 @@ class Admission:
 
     def routes(self, names: Iterable[str]) -> None:
         """Divide the bounds between these routes from now on; what is held stays counted."""
-        for name in names:
+        wanted = set(names)
+        for name in wanted:
             self._rows.setdefault(name, 0)
             self._bytes.setdefault(name, 0)
-        wanted = set(names)
         for name in [n for n in self._rows if n not in wanted and not self._rows[n] and not self._bytes[n]]:
             del self._rows[name], self._bytes[name]
 

@@ -93,7 +93,7 @@ class Batcher:
 
     def limit(self, model: str, version: str, rows: int) -> None:
         """Batches of this version hold at most ``rows`` from now on: the device had no memory for more."""
-        self._limits[model, version] = rows
+        self._limits[model, version] = min(rows, self._limits.get((model, version), rows))
         for queue in self._by_model.get((model, version), ()):
             queue.limit = min(queue.limit, rows)
 
@@ -253,6 +253,8 @@ def _fitting(part: Requests, room: int) -> int:
 
 def _take_similar(waiting: deque[_Waiting], limit: int, held: int, parts: list[Requests]) -> int:
     """Move the oldest request and those nearest to it in cost to ``parts``; return their rows."""
+    if parts and held + waiting[0].rows > limit:
+        return 0
     window: list[_Waiting] = []
     rows = 0
     while waiting and rows < limit * COST_WINDOW_BATCHES:

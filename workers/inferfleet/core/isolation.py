@@ -2,7 +2,8 @@
 
 The whole batch has failed once before isolation begins. Spans are offered left to right; a span that
 fails is halved; a single request gets a second try alone before it is given up, so a passing fault does
-not condemn it. ``k`` bad requests among ``n`` cost O(k log n) runs.
+not condemn it (a batch of one has had its first try already). ``k`` bad requests among ``n`` cost
+O(k log n) runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Isolation:
         if count < 1:
             raise ValueError(f"a batch of {count} requests cannot be isolated")
         self._todo: list[Span] = []
-        self._tried: set[int] = set()
+        self._tried: set[int] = {0} if count == 1 else set()
         self.condemned: list[int] = []
         self._split(Span(0, count))
 

@@ -24,6 +24,7 @@ class Ledger:
         self._open: dict[Stream, deque[Chunk]] = {}
         self._settled_to: dict[Stream, int] = {}
         self._changed: set[Stream] = set()
+        self._refused: set[Stream] = set()
 
     def __repr__(self) -> str:
         chunks = sum(len(chunks) for chunks in self._open.values())
@@ -57,6 +58,7 @@ class Ledger:
                 forgotten.append(chunk)
             self._settled_to.pop(stream, None)
             self._changed.discard(stream)
+            self._refused.discard(stream)
         return forgotten
 
     def positions(self, streams: Collection[Stream] | None = None) -> dict[Stream, int]:
@@ -68,15 +70,18 @@ class Ledger:
         for stream in [s for s in self._changed if streams is None or s in streams]:
             self._changed.discard(stream)
             position = self._advance(stream)
-            if position is not None and position != self._settled_to.get(stream):
+            known = self._settled_to.get(stream)
+            if position is not None and (position != known or stream in self._refused):
                 self._settled_to[stream] = position
+                self._refused.discard(stream)
                 moved[stream] = position
         return moved
 
     def repeat(self, streams: Iterable[Stream]) -> None:
         """Report these streams' positions again: a commit of theirs was refused."""
         for stream in streams:
-            if stream in self._open and self._settled_to.pop(stream, None) is not None:
+            if stream in self._settled_to:
+                self._refused.add(stream)
                 self._changed.add(stream)
 
     def _advance(self, stream: Stream) -> int | None:
