@@ -226,9 +226,7 @@ class KafkaIntake:
     @property
     def joined(self) -> bool:
         """Whether the group has answered this member's join."""
-        if self._was_assigned:
-            return True
-        return self._options.protocol == "classic" and bool(self._consumer.memberid())
+        return self._was_assigned or _generation(self._consumer) > 0
 
     @property
     def denied(self) -> str | None:
@@ -323,6 +321,16 @@ class KafkaIntake:
         if text != self.problem:
             log.warning("kafka_problem", error=text, code=error.name(), fatal=error.fatal())
             self.problem = text
+
+
+def _generation(consumer: Consumer) -> int:
+    """Return the generation (or member epoch) that the group gave this consumer; -1 before it joined.
+
+    A member without a partition hears of no assignment, and a KIP-848 member has an id before it joins:
+    only librdkafka's group metadata (``CGMDv2:``, then the generation as a little-endian int32) tells.
+    """
+    metadata: bytes = consumer.consumer_group_metadata()
+    return int.from_bytes(metadata[7:11], "little", signed=True) if metadata[:7] == b"CGMDv2:" else -1
 
 
 def _headers(records: list[Message]) -> list[Headers]:
