@@ -348,7 +348,7 @@ def test_a_puppet_answers_wrong_as_it_is_told(script, shape):
 
     assert puppet.run(batch(1, 2), 2)["y"].shape == shape
     with pytest.raises(ModelLoadError, match="self-check"):
-        selfcheck.check(puppet, "model m version 1")
+        selfcheck.check(puppet, "model m version 1", None)
 
 
 def test_a_puppet_puts_nan_into_the_rows_it_is_told():
@@ -369,3 +369,12 @@ def test_a_puppet_runtime_remembers_what_it_gave_out(tmp_path):
     runtime.broken["check", "3"] = "told to fail"
     with pytest.raises(ModelLoadError, match="told to fail"):
         runtime.load(version, "cpu", 1)
+
+
+def test_the_self_check_respects_the_largest_batch():
+    """A version that wants single rows is never asked for three."""
+    puppet = PuppetModel()
+    selfcheck.check(puppet, "model m version 1", 1)
+    selfcheck.check(puppet, "model m version 1", 2)
+
+    assert puppet.runs == [1, 1, 2]

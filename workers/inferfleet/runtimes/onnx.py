@@ -61,7 +61,7 @@ class OnnxRuntime:
         """
         session = _session(version, device, granted_threads(threads))
         model = OnnxModel(session, _agreed(version, session))
-        selfcheck.check(model, label(version))
+        selfcheck.check(model, label(version), version.batching.max_batch_size)
         rows = min(_WARM_UP_ROWS, version.batching.max_batch_size or _WARM_UP_ROWS)
         with translated(version, f"warming up with {rows} rows"):
             selfcheck.warm_up(model, rows)

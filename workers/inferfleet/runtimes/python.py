@@ -57,7 +57,8 @@ class PythonRuntime:
                 with translated(version, f"{name}.load"):
                     handler.load(version.path, device, parameters(version))
             model = PythonModel(handler, signature, code)
-            selfcheck.check(model, label(version), _sample(version, handler))
+            most_rows = version.batching.max_batch_size
+            selfcheck.check(model, label(version), most_rows, _sample(version, handler))
         except BaseException:
             code.close()
             raise

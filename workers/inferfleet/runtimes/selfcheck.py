@@ -24,17 +24,19 @@ VARYING_SIZE = 4
 """How long a dimension that varies is in the check."""
 
 
-def check(model: LoadedModel, label: str, sample: Mapping[str, Any] | None = None) -> None:
+def check(
+    model: LoadedModel, label: str, most_rows: int | None, sample: Mapping[str, Any] | None = None
+) -> None:
     """Run the model on 1 row and on 3; raise ModelLoadError, starting with ``label``, on any disagreement.
 
-    ``sample`` holds at least one row of every input; its rows are repeated as needed.
+    ``most_rows`` is the version's own ``max_batch_size``, which the check respects. ``sample`` holds at least
+    one row of every input; its rows are repeated as needed.
     """
-    for rows in ROWS:
-        tensors = (
-            _zeros(model.signature, rows)
-            if sample is None
-            else _rows_of(sample, model.signature, rows, label)
-        )
+    for rows in ROWS if most_rows is None else dict.fromkeys(min(rows, most_rows) for rows in ROWS):
+        if sample is None:
+            tensors = _zeros(model.signature, rows)
+        else:
+            tensors = _rows_of(sample, model.signature, rows, label)
         try:
             outputs = model.run(tensors, rows)
         except Exception as error:

@@ -77,7 +77,7 @@ class TorchRuntime:
             module, code = _from_safetensors(version, place)
         model = TorchModel(module, signature, place, code)
         try:
-            selfcheck.check(model, label(version))
+            selfcheck.check(model, label(version), version.batching.max_batch_size)
             rows = min(_WARM_UP_ROWS, version.batching.max_batch_size or _WARM_UP_ROWS)
             with translated(version, f"warming up with {rows} rows"):
                 selfcheck.warm_up(model, rows)
@@ -184,7 +184,7 @@ def _shared(array: Array, is_bf16: bool) -> torch.Tensor:
 
 
 def _pinned_copy(array: Array, is_bf16: bool) -> torch.Tensor:
-    dtype = torch.uint16 if is_bf16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
     pinned = torch.empty(array.shape, dtype=dtype, pin_memory=True)
     np.copyto(pinned.numpy(), array)
     return pinned.view(torch.bfloat16) if is_bf16 else pinned

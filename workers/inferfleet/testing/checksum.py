@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from inferfleet.models.repository import ModelVersion, Repository
+from inferfleet.ports import ModelVersion
 from inferfleet.testing import checksum_handler
 
 
+class Shelf(Protocol):
+    """A model repository that takes new versions."""
+
+    def add(
+        self, model: str, version: str, files: Sequence[Path], *, settings: str | None = None
+    ) -> ModelVersion:
+        """Copy files into a new version."""
+
+
 def write_checksum_model(
-    repository: Repository, name: str, version: str, *, size: int = 4, delay_ms_per_batch: float = 0
+    repository: Shelf, name: str, version: str, *, size: int = 4, delay_ms_per_batch: float = 0
 ) -> ModelVersion:
     """Add the checksum model as a Python handler: ``x`` FP32 [size] -> ``check`` INT64 [2].
 
