@@ -153,7 +153,7 @@ def test_what_does_not_come_is_named(place: Place) -> None:
     place.answerer.held.set()
     waited = place.run("submit", "sums", "-", "--wait", "--timeout", "0.3", text=line("late", {"x": [1]}))
     assert waited.exit_code == 1
-    assert "1 of 1 results did not come within 0.3 s: no result of late" in waited.stderr
+    assert "1 of 1 results did not come within 0.3 s, the first is late;" in waited.stderr
     read = place.run("result", "sums", "late", "--timeout", "0.1")
     assert read.exit_code == 1
     assert "no result of late on route sums" in read.stderr

@@ -79,8 +79,8 @@ def submit(
     _say_what_was_sent(route, sending, time.monotonic() - started_at, wait, as_json)
     if sending.missing:
         raise click.ClickException(
-            f"{len(sending.missing)} of {len(sending.ids)} results did not come within {timeout:g} s: "
-            f"{sending.why}; `inferfleet status` shows whether a worker runs"
+            f"{len(sending.missing)} of {len(sending.ids)} results did not come within {timeout:g} s, "
+            f"the first is {sending.missing[0]}{sending.why}; `inferfleet status` shows whether a worker runs"
         )
 
 
@@ -114,6 +114,8 @@ class _Sending:
         self._look_last()
 
     def _send_and_print(self, number: int, request: Request, timeout_s: float) -> None:
+        from inferfleet.client import ClientError
+
         def done(outcome: Outcome) -> None:
             self._came.put((number, outcome))
 
@@ -122,7 +124,10 @@ class _Sending:
         self._open[number] = request_id
         while self._came.qsize() or len(self._open) >= MAX_IN_FLIGHT:
             if not self._print_next(timeout_s):
-                return
+                raise ClientError(
+                    f"route {self._route.name}: none of {len(self._open)} requests in flight was answered "
+                    f"for {timeout_s:g} s; `inferfleet status` shows whether a worker runs"
+                )
 
     def _print_next(self, wait_s: float) -> bool:
         """Print the next result that comes within ``wait_s``; false if none does."""
@@ -152,7 +157,7 @@ class _Sending:
                 self._print(self._client.result(request_id, 0.0, route=self._route.name))
             except ResultTimeout as error:
                 self.missing.append(request_id)
-                self.why = self.why or str(error)
+                self.why = error.why
 
 
 @click.command(epilog="Example: inferfleet result digits order-42 --timeout 10")

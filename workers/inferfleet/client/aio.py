@@ -275,4 +275,4 @@ class AsyncClient:
             await self._open().delete(reply_key(self._session.fleet, self._session.reply or ""))
 
     def _late(self, request_id: str, timeout_s: float) -> ResultTimeout:
-        return ResultTimeout(f"no result of {request_id} within {timeout_s:g} s{self._trouble}", request_id)
+        return ResultTimeout(request_id, timeout_s, self._trouble)

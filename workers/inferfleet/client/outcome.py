@@ -33,11 +33,15 @@ class DuplicateIdError(SubmitError):
 
 
 class ResultTimeout(ClientError):  # noqa: N818 - it is what happened, as in TimeoutError's own family
-    """No result of ``id`` within the time; it may still come, so asking again is right."""
+    """No result of ``id`` within the time; it may still come, so asking again is right.
 
-    def __init__(self, text: str, request_id: str) -> None:
-        super().__init__(text)
+    ``why`` is empty, or starts with a semicolon and says what else is known, such as that Redis is away.
+    """
+
+    def __init__(self, request_id: str, timeout_s: float, why: str = "") -> None:
+        super().__init__(f"no result of {request_id} within {timeout_s:g} s{why}")
         self.id = request_id
+        self.why = why
 
 
 class OutcomeError(ClientError):

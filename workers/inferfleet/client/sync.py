@@ -329,7 +329,7 @@ class Client:
             delay_s = min(_MAX_DELAY_S, delay_s * 2)
 
     def _late(self, request_id: str, timeout: float) -> ResultTimeout:
-        return ResultTimeout(f"no result of {request_id} within {timeout:g} s{self._trouble}", request_id)
+        return ResultTimeout(request_id, timeout, self._trouble)
 
 
 def _get_all(redis: Any, keys: Sequence[str]) -> list[bytes | None]:
