@@ -121,10 +121,10 @@ def _topics(
             text = f"{role} of route {route.name}: this user has no {right} right on it; {RIGHTS_HINT}"
             yield Finding(label, "FAIL", text)
             continue
-        yield _count(label, role, route, found.partitions, source_count, partitions)
+        yield judge_count(label, role, route, found.partitions, source_count, partitions)
 
 
-def _count(
+def judge_count(
     label: str, role: Role, route: Route, count: int, source_count: int, expected: int | None
 ) -> Finding:
     """Judge a partition count."""
