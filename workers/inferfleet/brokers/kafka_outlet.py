@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import structlog
@@ -51,7 +52,7 @@ class _Group:
     the group can be settled.
     """
 
-    __slots__ = ("envelopes", "left", "matched", "outlet", "receipt", "refused", "sent")
+    __slots__ = ("envelopes", "failed", "left", "outlet", "receipt", "refused", "sent")
 
     def __init__(self, envelopes: Envelopes, receipt: Receipt, outlet: KafkaOutlet) -> None:
         self.envelopes = envelopes
@@ -59,45 +60,71 @@ class _Group:
         self.outlet = outlet
         self.left = len(envelopes)
         self.sent = 0
-        self.refused = 0
-        self.matched: set[int] = set()
+        self.refused: set[int] = set()
+        self.failed: list[tuple[bytes | None, bytes | None, KafkaError]] = []
 
     def delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Count one delivery report; find the record only where it failed."""
+        """Count one delivery report; which record a failed one is about is found at the end."""
         if error is not None:
-            self.refuse(self._index(message), error)
-            return
+            self.failed.append((message.key(), message.value(), error))
+        self.left -= 1
+        if not self.left:
+            self.finish()
+
+    def delivered_alone(self, index: int, error: KafkaError | None, message: Message) -> None:
+        """Count the report of record ``index``, which was sent in a batch of its own."""
+        del message
+        if error is not None:
+            self.refuse(index, error)
+        self.left -= 1
+        if not self.left:
+            self.finish()
+
+    def refused_at_once(self, index: int, error: KafkaError) -> None:
+        """The client itself does not take record ``index``."""
+        self.refuse(index, error)
         self.left -= 1
         if not self.left:
             self.finish()
 
     def refuse(self, index: int, error: KafkaError) -> None:
         """Record ``index`` was not accepted."""
-        self.matched.add(index)
-        self.refused += 1
-        self.left -= 1
+        self.refused.add(index)
         self.receipt.refused(index, _refusal(error))
-        if not self.left:
-            self.finish()
 
     def finish(self) -> None:
-        """Every record has its report."""
+        """Every report is in: deal with the failed ones, then confirm the rest."""
+        failed, self.failed = self._failed_records(), []
+        self.left += 1  # this loop itself: a record that the client refuses at once must not finish the group
+        for index, error in failed.items():
+            if error.code() in _TOO_LARGE:
+                # The broker refuses a batch as a whole, so this record may be a large one's neighbour.
+                self.left += 1
+                self.outlet.send_alone(self, index)
+            else:
+                self.refuse(index, error)
+        self.left -= 1
+        if self.left:
+            return
         count = len(self.envelopes)
         self.outlet._pending -= count
-        if count > self.refused:
-            self.receipt.confirmed(count - self.refused)
+        if count > len(self.refused):
+            self.receipt.confirmed(count - len(self.refused))
 
-    def _index(self, message: Message) -> int:
-        """Return which record a failed report is about: equal ones are interchangeable."""
-        key, value = message.key(), message.value()
-        for index in range(len(self.envelopes)):
-            if (
-                index not in self.matched
-                and self.envelopes.values[index] == value
-                and self.envelopes.keys[index] == key
-            ):
-                return index
-        raise LookupError(f"a delivery report for {message.topic()} matches nothing that was published")
+    def _failed_records(self) -> dict[int, KafkaError]:
+        """Return the records that the failed reports are about.
+
+        A report carries key and value, no headers and no index. Where only some of several records with
+        equal key and value have failed, all of them count as failed: one too many repeats, none is lost.
+        """
+        if not self.failed:
+            return {}
+        envelopes = self.envelopes
+        places: dict[tuple[bytes | None, bytes | None], list[int]] = {}
+        for index, record in enumerate(zip(envelopes.keys, envelopes.values, strict=True)):
+            if index not in self.refused:
+                places.setdefault(record, []).append(index)
+        return {index: error for key, value, error in self.failed for index in places[key, value]}
 
 
 class KafkaOutlet:
@@ -108,8 +135,10 @@ class KafkaOutlet:
         self._clock = clock
         self._fatal: str | None = None
         self._producer = Producer(self._properties, logger=silent_logger())
+        self._alone: Producer | None = None
         self._pending = 0
         self._waiting: deque[_Group] = deque()
+        self._waiting_alone: deque[tuple[_Group, int]] = deque()
         self.problem: str | None = None
 
     def __repr__(self) -> str:
@@ -138,27 +167,52 @@ class KafkaOutlet:
                 group.sent = at
                 return False
             except KafkaException as error:
-                group.refuse(at, error.args[0])
+                group.refused_at_once(at, error.args[0])
                 sent = at + 1
         group.sent = sent
         return True
 
+    def send_alone(self, group: _Group, index: int) -> None:
+        """Send one record in a batch of its own, to learn whether the topic takes it."""
+        if self._alone is None:
+            topic = group.envelopes.destination
+            log.warning(
+                "batch_too_large",
+                topic=topic,
+                mend=f"raise max.message.bytes of {topic}, or lower batch.size under [kafka.producer]",
+            )
+            self._alone = Producer({**self._properties, "batch.num.messages": 1}, logger=silent_logger())
+        envelopes = group.envelopes
+        callback = partial(group.delivered_alone, index)
+        value, key, headers = envelopes.values[index], envelopes.keys[index], envelopes.headers[index]
+        try:
+            self._alone.produce(envelopes.destination, value, key, -1, callback, None, 0, headers)
+        except BufferError:
+            self._waiting_alone.append((group, index))
+        except KafkaException as error:
+            group.refused_at_once(index, error.args[0])
+
     def poll(self, max_wait_s: float = 0.0) -> None:
         """Serve delivery reports, then send what waits for room."""
         self._producer.poll(max_wait_s)
+        if self._alone is not None:
+            self._alone.poll(0)
         if self._fatal is not None:
             self._rebuild()
         while self._waiting and self._send(self._waiting[0]):
             self._waiting.popleft()
+        for _ in range(len(self._waiting_alone)):
+            self.send_alone(*self._waiting_alone.popleft())
 
     def _rebuild(self) -> None:
         """Replace a producer that can never send again; its unsent records are refused with LATER."""
         log.error("producer_replaced", error=self._fatal)
         self._fatal = None
-        old = self._producer
-        self._producer = Producer(self._properties, logger=silent_logger())
-        old.purge()
-        old.flush(1.0)
+        old = [producer for producer in (self._producer, self._alone) if producer is not None]
+        self._producer, self._alone = Producer(self._properties, logger=silent_logger()), None
+        for producer in old:
+            producer.purge()
+            producer.flush(1.0)
 
     def pending(self) -> int:
         """Return how many records are neither confirmed nor refused."""
