@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.support.waiting import wait_until
+
 # Run by a fresh interpreter, which then becomes the server: the kernel kills it when its parent ends.
 # A wrapper rather than preexec_fn, which can deadlock in a process that has threads.
 _LEASH = """
@@ -57,6 +59,15 @@ def accepts(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _stands_still(pid: int) -> bool:
+    """Say whether all threads of a process are stopped (assumed where there is no /proc)."""
+    states = []
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
+    return set(states) <= {"T", "t"}
 
 
 class ServerProcess:
@@ -140,9 +151,13 @@ class ServerProcess:
         self._paused = False
 
     def pause(self) -> None:
-        """Freeze the process (SIGSTOP): its connections stay open and nothing answers."""
+        """Freeze the process (SIGSTOP): its connections stay open and nothing answers.
+
+        Returns once every thread stands still: the signal reaches a running one a moment later.
+        """
         os.killpg(self.pid, signal.SIGSTOP)
         self._paused = True
+        wait_until(lambda: _stands_still(self.pid), 10, f"{self.name} stands still", every_s=0.001)
 
     def resume(self) -> None:
         """Let a frozen process go on (SIGCONT); one that is not frozen is left alone."""
