@@ -31,7 +31,7 @@ from inferfleet.records import (
 from inferfleet.wire import headers as names
 from inferfleet.wire.headers import PLAIN, ChunkMeta, Meta, check_id, ids_are_plain, read_headers
 from inferfleet.wire.request import Limits, Parsed, RequestReader
-from inferfleet.wire.tensors import MAX_DEPTH
+from inferfleet.wire.tensors import check_depth
 
 _FORMATS = {
     "BOOL": "?",
@@ -111,7 +111,8 @@ class _Rejects:
 class Decoder:
     """Reads the chunks of one route.
 
-    ``deadline_ms`` is how long after its broker timestamp a request without a deadline of its own expires.
+    ``deadline_ms`` is how long after its broker timestamp a request without a deadline of its own expires;
+    a record that has no timestamp does not.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Decoder:
         self._columns = columns
         self._deadline_ms = deadline_ms
         self._signature = signature
+        self._takes_id = any(spec.name == "id" for spec in signature.inputs)
         self._sort_by_cost = any(spec.datatype == "BYTES" for spec in signature.inputs)
         self._decode_fast: Any = None
         self._prepare_fast(signature)
@@ -157,7 +159,7 @@ class Decoder:
         rejects = _Rejects()
         meta = read_headers(chunk.headers)
         for row, error in meta.rejected.items():
-            rejects.add(row, meta.metas[row].id if meta.metas else None, error)
+            rejects.add(row, self._refused_id(chunk, meta, row, error), error)
         rows = self._sized(chunk, meta, rejects)
         requests: list[Requests] = []
         json_rows, raw_rows, general = self._by_form(meta, rows)
@@ -176,7 +178,7 @@ class Decoder:
         """Return the rows whose bodies may be read: present, not too large, headers in order."""
         values = chunk.values
         limit = self._limits.max_bytes
-        if not meta.rejected and None not in values:
+        if values and not meta.rejected and None not in values:
             sizes = [len(value) for value in values]  # type: ignore[arg-type]
             if min(sizes) > 0 and max(sizes) <= limit:
                 return list(range(len(values)))
@@ -198,11 +200,27 @@ class Decoder:
     def _header_id(meta: ChunkMeta, row: int) -> str | None:
         return None if meta.metas is None else meta.metas[row].id
 
+    def _refused_id(self, chunk: Chunk, meta: ChunkMeta, row: int, error: RequestError) -> str | None:
+        """Return the id of a record whose headers were refused, from its body where no header says it."""
+        request_id, body = self._header_id(meta, row), chunk.values[row]
+        if request_id is not None or error.code is Code.ID or not body or len(body) > self._limits.max_bytes:
+            return request_id
+        return self._body_id(body, PLAIN)
+
+    def _body_id(self, body: bytes, found: Meta) -> str | None:
+        """Return the id in a body that was refused, where it can still be read."""
+        if found.json_length == 0 or (self._columns and self._takes_id):
+            return None
+        return _find_id(body[: found.json_length])
+
     def _by_form(self, meta: ChunkMeta, rows: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Split rows into JSON bodies, raw tensors, and those for the general reader."""
         metas = meta.metas
         if metas is None:
             return rows, [], []
+        if meta.uniform is not None and meta.uniform.model is None and meta.uniform.version is None:
+            length = meta.uniform.json_length
+            return (rows, [], []) if length is None else ([], [], rows) if length else ([], rows, [])
         json_rows: list[int] = []
         raw_rows: list[int] = []
         general: list[int] = []
@@ -271,7 +289,7 @@ class Decoder:
             try:
                 parsed = self._read_one(chunk.values[row] or b"", found)
             except RequestError as error:
-                rejects.add(row, found.id or _find_id(chunk.values[row] or b""), error)
+                rejects.add(row, found.id or self._body_id(chunk.values[row] or b"", found), error)
                 continue
             shapes = tuple(array.shape[1:] for array in parsed.tensors.values())
             group = groups.setdefault((shapes, parsed.form), _Group([], [], [], []))
@@ -307,10 +325,11 @@ class Decoder:
     ) -> None:
         """Append one column set; the id is the header's, else the body's, else the record's position."""
         source, partition = chunk.stream
+        where = f"{source}-{partition}-"
         positions = chunk.positions
-        if meta.metas is None:
+        if meta.metas is None or (meta.uniform is not None and meta.uniform.id is None):
             ids = [
-                f"{source}-{partition}-{positions[row]}" if body_id is None else body_id
+                f"{where}{positions[row]}" if body_id is None else body_id
                 for row, body_id in zip(rows, body_ids, strict=True)
             ]
         else:
@@ -321,7 +340,7 @@ class Decoder:
                 if header_id is not None:
                     ids.append(header_id)
                 else:
-                    ids.append(f"{source}-{partition}-{positions[row]}" if body_id is None else body_id)
+                    ids.append(f"{where}{positions[row]}" if body_id is None else body_id)
         costs: list[int] | None = None
         if self._sort_by_cost:
             values = chunk.values
@@ -334,9 +353,15 @@ class Decoder:
         if not made.rows:
             return []
         if self._deadline_ms is not None:
-            timestamps = made.chunk.timestamps_ms
-            made.deadlines_ms = [timestamps[row] + self._deadline_ms for row in made.rows]
+            after, timestamps = self._deadline_ms, made.chunk.timestamps_ms
+            if min(timestamps) > 0:
+                made.deadlines_ms = [timestamps[row] + after for row in made.rows]
+            else:  # a record without a timestamp has no age, so no deadline either
+                made.deadlines_ms = [timestamps[r] + after if timestamps[r] > 0 else None for r in made.rows]
         if meta.metas is None:
+            return [made]
+        if meta.uniform is not None:
+            _fill_alike(made, meta.uniform)
             return [made]
         metas = [meta.metas[row] for row in made.rows]
         _fill(made, metas)
@@ -395,6 +420,18 @@ def _fill(made: Requests, metas: list[Meta]) -> None:
         made.traces = [found.trace for found in metas]
 
 
+def _fill_alike(made: Requests, found: Meta) -> None:
+    """Set the columns that headers carry, where all records carry the same."""
+    count = len(made)
+    made.priority = found.priority
+    if found.deadline_ms is not None:
+        made.deadlines_ms = [found.deadline_ms] * count
+    if found.reply is not None:
+        made.replies = [found.reply] * count
+    if found.trace is not None:
+        made.traces = [found.trace] * count
+
+
 class _OnlyId(msgspec.Struct, gc=False):
     id: str | None = None
 
@@ -404,9 +441,8 @@ _ONLY_ID = msgspec.json.Decoder(_OnlyId)
 
 def _find_id(body: bytes) -> str | None:
     """Return the id of a body that was refused, where it can still be read."""
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH * 32:
-        return None
     try:
+        check_depth(body)
         found = _ONLY_ID.decode(body).id
         return None if found is None else check_id(found)
     except (ValueError, RecursionError, RequestError):

@@ -116,9 +116,17 @@ class AnswerWriter:
         fixed = len(head) + len(tail)
         bodies = [
             head + i + tail + blob[at : at + width]
-            for i, at in zip(ids, range(0, len(blob), width), strict=True)
+            for i, at in zip(ids, [index * width for index in range(len(ids))], strict=True)
         ]
-        return bodies, [b"%d" % (fixed + len(i)) for i in ids]
+        sizes = list(map(len, ids))
+        texts = {size: b"%d" % (fixed + size) for size in set(sizes)}
+        return bodies, [texts[size] for size in sizes]
+
+    def floats(self, name: str, array: Array) -> Array | None:
+        """Return an output's values where they may be NaN or infinite, else ``None``."""
+        if array.dtype.kind == "f":
+            return array
+        return bf16_to_fp32(array) if self._specs[name].datatype == "BF16" else None
 
     def _chosen(self, outputs: Sequence[str] | None) -> list[TensorSpec]:
         return list(self._specs.values()) if outputs is None else [self._specs[name] for name in outputs]
@@ -156,10 +164,10 @@ def error_headers(request_id: str, code: Code, served: Header, trace: bytes | No
 
 def _json_ids(ids: list[str]) -> list[bytes]:
     """Return each id as JSON text."""
-    texts = _encode(ids)[2:-2].split(b'","')
-    if len(texts) != len(ids):  # an id holds a quote and a comma: cut one by one
+    text = _encode(ids)
+    if b"\\" in text:  # an id holds a quote or a backslash: it could look like a border
         return [_encode(i) for i in ids]
-    return [b'"' + text + b'"' for text in texts]
+    return [b'"' + cut + b'"' for cut in text[2:-2].split(b'","')]
 
 
 def _widen(spec: TensorSpec, array: Array) -> Array:

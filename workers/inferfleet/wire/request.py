@@ -106,11 +106,13 @@ class RequestReader:
         spec = self.signature.inputs[0]
         shape = self._raw_shape(spec, len(body))
         count = checks.check_shape(spec, shape, self.limits.max_rows)
-        if spec.datatype == "BYTES":
+        if spec.datatype != "BYTES":
+            array = checks.from_bytes(spec, shape, body, count)
+        elif count == 1:
             array = checks.object_array([body], shape)
         else:
-            array = checks.from_bytes(spec, shape, body, count)
-        checks.check_finite(spec.name, array, self.limits.nan_allowed)
+            raise RequestError(Code.SHAPE, f"input {spec.name}: a raw body is one element; a row has {count}")
+        checks.check_finite(spec, array, self.limits.nan_allowed)
         return Parsed(None, {spec.name: array}, 1, AnswerForm(binary=True))
 
     def columns(self, body: bytes) -> Parsed:
@@ -224,7 +226,7 @@ class RequestReader:
         if at + size > len(blob):
             raise RequestError(Code.SHAPE, f"input {spec.name}: binary_data_size passes the end of the body")
         array = checks.from_bytes(spec, tensor.shape, blob[at : at + size], count)
-        checks.check_finite(spec.name, array, self.limits.nan_allowed)
+        checks.check_finite(spec, array, self.limits.nan_allowed)
         return array, at + size
 
     def _raw_shape(self, spec: TensorSpec, size: int) -> list[int]:
@@ -243,10 +245,7 @@ class RequestReader:
     def _column_shape(self, spec: TensorSpec, raw: bytes) -> list[int]:
         if -1 not in spec.shape:
             return [1, *spec.shape]
-        try:
-            level = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _decode_error(error) from None
+        level = checks.any_json(spec, raw)
         shape = [1]
         for _ in spec.shape:
             shape.append(len(level) if isinstance(level, list) else 1)

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from inferfleet.datatypes import DATATYPES
+from inferfleet.datatypes import DATATYPES, bf16_to_fp32
 from inferfleet.errors import Code, RequestError
 from inferfleet.records import Array, TensorSpec
 
 MAX_DEPTH = 32
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[\]{}]")
+MAX_DIMENSION = 2**31 - 1
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""A whole string, or a bracket outside of strings; possessive, so that no body makes it backtrack."""
 _FLOATS = msgspec.json.Decoder(list[float])
 _INTEGERS = msgspec.json.Decoder(list[int])
 _BOOLS = msgspec.json.Decoder(list[bool])
@@ -38,8 +39,9 @@ def check_depth(body: bytes) -> None:
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
     depth = 0
-    for bracket in _BRACKETS.finditer(_STRINGS.sub(b"", body)):
-        depth += 1 if bracket.group() in b"[{" else -1
+    for token in _BRACKETS.finditer(body):
+        found = token.group()
+        depth += (found in b"[{") - (found in b"]}")
         if depth > MAX_DEPTH:
             raise RequestError(Code.DECODE, f"the JSON body nests deeper than {MAX_DEPTH}")
 
@@ -71,6 +73,8 @@ def check_shape(spec: TensorSpec, shape: Sequence[int], max_rows: int) -> int:
             f"input {spec.name}: {len(shape)} dimensions; expected {len(spec.shape) + 1}: "
             f"rows and {list(spec.shape)}",
         )
+    if max(shape) > MAX_DIMENSION:
+        raise RequestError(Code.SHAPE, f"input {spec.name}: a dimension is larger than {MAX_DIMENSION}")
     for found, wanted in zip(shape[1:], spec.shape, strict=True):
         if found < 1 or (wanted != -1 and found != wanted):
             raise RequestError(
@@ -80,14 +84,17 @@ def check_shape(spec: TensorSpec, shape: Sequence[int], max_rows: int) -> int:
     if shape[0] < 1:
         raise RequestError(Code.SHAPE, f"input {spec.name}: the first dimension (rows) must be at least 1")
     if shape[0] > max_rows:
-        raise RequestError(Code.TOO_LARGE, f"{clip(str(shape[0]))} rows; at most {max_rows} are allowed")
+        raise RequestError(Code.TOO_LARGE, f"{shape[0]} rows; at most {max_rows} are allowed")
     return math.prod(shape)
 
 
-def check_finite(name: str, array: Array, allowed: bool) -> None:
+def check_finite(spec: TensorSpec, array: Array, allowed: bool) -> None:
     """Raise ``E_NONFINITE`` when a float array holds NaN or infinity and that is not allowed."""
-    if not allowed and array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise RequestError(Code.NONFINITE, f"input {name} holds NaN or infinity")
+    if allowed or not DATATYPES[spec.datatype].is_float:
+        return
+    values = bf16_to_fp32(array) if spec.datatype == "BF16" else array
+    if not np.isfinite(values).all():
+        raise RequestError(Code.NONFINITE, f"input {spec.name} holds NaN or infinity")
 
 
 def from_json(
@@ -145,23 +152,25 @@ def _flat(spec: TensorSpec, raw: bytes) -> list[Any]:
 
 def _flatten(spec: TensorSpec, raw: bytes) -> list[Any]:
     """Flatten nested ``data`` whose levels all nest alike: only the innermost hold elements."""
-    level: list[Any] = _ANY.decode(raw)
+    level: list[Any] = any_json(spec, raw)
     while level and all(type(item) is list for item in level):
         if len({len(item) for item in level}) > 1:
             raise RequestError(Code.SHAPE, f"input {spec.name}: nested data is ragged")
         level = [element for item in level for element in item]
+    if any(type(item) is list for item in level):
+        raise RequestError(Code.SHAPE, f"input {spec.name}: nested data mixes lists and elements")
+    return _flat(spec, msgspec.json.encode(level))
+
+
+def any_json(spec: TensorSpec, raw: bytes) -> Any:
+    """Return ``raw`` read without a type; raises ``E_NONFINITE``, ``E_DTYPE`` or ``E_DECODE``."""
     try:
-        return _flat(spec, msgspec.json.encode(level)) if not _has_list(level) else _mixed(spec)
-    except UnicodeEncodeError:
-        raise RequestError(Code.DECODE, f"input {spec.name}: text is not UTF-8") from None
-
-
-def _has_list(level: list[Any]) -> bool:
-    return any(type(item) is list for item in level)
-
-
-def _mixed(spec: TensorSpec) -> list[Any]:
-    raise RequestError(Code.SHAPE, f"input {spec.name}: nested data mixes lists and elements")
+        return _ANY.decode(raw)
+    except msgspec.ValidationError:
+        code = Code.NONFINITE if DATATYPES[spec.datatype].is_float else Code.DTYPE
+        raise RequestError(code, f"input {spec.name}: a number is out of range") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(Code.DECODE, f"input {spec.name}: {clip(str(error))}") from None
 
 
 def _bytes_array(spec: TensorSpec, values: list[str], shape: Sequence[int], encoding: object) -> Array:
