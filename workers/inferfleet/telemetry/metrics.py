@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -74,10 +75,12 @@ class BulkHistogram(Collector):
             for bound in (*bounds, float("inf"))
         ]
         self._lock = threading.Lock()
-        self._series: dict[tuple[str, ...], tuple[np.ndarray[tuple[int], np.dtype[np.int64]], float]] = {}
+        self._series: dict[tuple[str, ...], tuple[npt.NDArray[np.int64], float]] = {}
         registry.register(self)
 
-    def observe_many(self, labels: tuple[str, ...], values: Sequence[float]) -> None:
+    def observe_many(
+        self, labels: tuple[str, ...], values: Sequence[float] | npt.NDArray[np.float64]
+    ) -> None:
         """Count every value; negative ones (clocks differ between machines) count as zero."""
         if not len(values):
             return
@@ -174,7 +177,7 @@ class PrometheusMetrics:
         """``count`` requests ended as ``ok`` or with a code."""
         self._requests[route, version, variant, outcome].inc(count)
 
-    def request_seconds(self, route: str, seconds: Sequence[float]) -> None:
+    def request_seconds(self, route: str, seconds: Sequence[float] | npt.NDArray[np.float64]) -> None:
         """Spans from the broker's timestamp to the confirmed outcome; a list or an array, any length."""
         self._request_seconds.observe_many((route,), seconds)
 
