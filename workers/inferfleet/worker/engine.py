@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
-from inferfleet.core.isolation import Isolation
+from inferfleet.core.isolation import Isolation, Span
 from inferfleet.datatypes import DATATYPES
-from inferfleet.errors import Code, DeviceOutOfMemoryError, RequestError
+from inferfleet.errors import Code, DeviceOutOfMemoryError, ModelLoadError, RequestError
 from inferfleet.ports import Clock, LoadedModel
-from inferfleet.records import Answer, Batch, BatchResult, Requests, RowFailure, Signature, Tensors
+from inferfleet.records import Answer, Batch, BatchResult, Lane, Requests, RowFailure, Signature, Tensors
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,10 @@ class Finished(NamedTuple):
 
 News = Loaded | Finished | None
 """What device threads and outlets put into the loop's queue; ``None`` only wakes it."""
+
+
+_MODEL_FAULTS = (Exception, SystemExit)
+"""What ends a run and not the thread: a model that calls ``exit()`` fails like one that raises."""
 
 
 class ModelOutputError(Exception):
@@ -98,6 +102,10 @@ class Engine:
         except Exception as error:
             self._news.put(Loaded(self, error))
             return
+        except SystemExit:
+            text = f"model {self.model} version {self.version}: its code called exit() while loading"
+            self._news.put(Loaded(self, ModelLoadError(text)))
+            return
         runner = BatchRunner(model)
         self._news.put(Loaded(self, None))
         while (batch := self._jobs.get()) is not None:
@@ -122,48 +130,54 @@ class BatchRunner:
         result = BatchResult(batch)
         try:
             self._attempt(batch.parts, batch.tensors(), batch.rows, result)
-        except Exception as error:
-            self._noticed(error, batch.rows, batch.lane.max_batch_size, result)
+        except _MODEL_FAULTS as error:
             self._isolate(batch, error, result)
         return result
 
-    def _isolate(self, batch: Batch, first: Exception, result: BatchResult) -> None:
+    def _isolate(self, batch: Batch, first: BaseException, result: BatchResult) -> None:
         count = sum(len(part) for part in batch.parts)
         isolation = Isolation(count)
-        last: dict[int, Exception] = {}
+        last: dict[int, BaseException] = {}
+        starved: list[tuple[Span, int]] = []
+        if isinstance(first, DeviceOutOfMemoryError):
+            starved.append((Span(0, count), min(batch.rows, self._limit(batch.lane))))
         while (span := isolation.next_span()) is not None:
             parts = _span(batch.parts, span.low, span.high)
             rows = sum(part.total_rows for part in parts)
             try:
                 self._attempt(parts, Batch(batch.lane, parts, rows).tensors(), rows, result)
-            except Exception as error:
-                self._noticed(error, rows, batch.lane.max_batch_size, result)
+            except _MODEL_FAULTS as error:
                 isolation.failed(span)
                 last[span.low] = error
+                if isinstance(error, DeviceOutOfMemoryError) and rows > 1:
+                    starved.append((span, min(rows, self._limit(batch.lane))))
         for index in isolation.condemned:
             (part,) = _span(batch.parts, index, index + 1)
             result.failures.append(RowFailure(part, *_verdict(last.get(index, first))))
+        # A span with a request that fails even alone says nothing about the size that fits.
+        sizes = [rows for span, rows in starved if not any(i in range(*span) for i in isolation.condemned)]
+        if sizes:
+            self._learn(min(sizes) // 2, result)
 
-    def _noticed(self, error: Exception, rows: int, limit: int, result: BatchResult) -> None:
-        """Remember the size that did not fit, and say in the log what kind of failure this was."""
-        if isinstance(error, DeviceOutOfMemoryError):
-            smaller = max(1, min(rows, limit) // 2)
-            if self._max_rows is None or smaller < self._max_rows:
-                self._max_rows = result.lane_limit = smaller
-                lane = result.batch.lane
-                log.warning(
-                    "batch_size_halved", model=lane.model, version=lane.version, rows=rows, limit=smaller
-                )
+    def _learn(self, fits: int, result: BatchResult) -> None:
+        """Run at most ``fits`` rows at once from now on: the device had no memory for more."""
+        limit = max(1, fits)
+        if self._max_rows is None or limit < self._max_rows:
+            self._max_rows = result.lane_limit = limit
+            lane = result.batch.lane
+            log.warning("batch_size_halved", model=lane.model, version=lane.version, limit=limit)
+
+    def _limit(self, lane: Lane) -> int:
+        limit = max(lane.max_batch_size, 1)
+        return limit if self._max_rows is None else min(limit, self._max_rows)
 
     def _attempt(self, parts: Sequence[Requests], tensors: Tensors, rows: int, result: BatchResult) -> None:
-        limit = max(result.batch.lane.max_batch_size, 1)
-        if self._max_rows is not None:
-            limit = min(limit, self._max_rows)
+        limit = min(rows, self._limit(result.batch.lane))
         result.runs += 1
-        if rows <= limit:
-            outputs = self._checked(self._model.run(tensors, rows), rows)
-        else:
-            outputs = self._in_pieces(tensors, rows, limit)
+        alone = len(parts) == 1 and len(parts[0]) == 1
+        outputs = (
+            self._in_halves(tensors, rows, limit, result) if alone else self._in_pieces(tensors, rows, limit)
+        )
         at = 0
         for part in parts:
             count = part.total_rows
@@ -172,8 +186,25 @@ class BatchRunner:
             )
             at += count
 
+    def _in_halves(self, tensors: Tensors, rows: int, limit: int, result: BatchResult) -> Tensors:
+        """Run one request, in pieces of half the size while the device has no memory for more."""
+        size = limit
+        while True:
+            try:
+                outputs = self._in_pieces(tensors, rows, size)
+            except DeviceOutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+            else:
+                if size < limit:
+                    self._learn(size, result)
+                return outputs
+
     def _in_pieces(self, tensors: Tensors, rows: int, limit: int) -> Tensors:
-        """Run more rows than a batch may hold in several calls."""
+        """Run rows, in several calls where they are more than ``limit``."""
+        if rows <= limit:
+            return self._checked(self._model.run(tensors, rows), rows)
         pieces: list[Tensors] = []
         for low in range(0, rows, limit):
             high = min(rows, low + limit)
@@ -221,7 +252,7 @@ def _span(parts: Sequence[Requests], low: int, high: int) -> list[Requests]:
     return found
 
 
-def _verdict(error: Exception) -> tuple[Code, str]:
+def _verdict(error: BaseException) -> tuple[Code, str]:
     """Return the code and text of a request that failed alone; the text never quotes the payload."""
     if isinstance(error, RequestError):
         return error.code, error.text
