@@ -26,8 +26,13 @@ def dead_letter_headers(
         ("inferfleet-origin-offset", b"%d" % chunk.positions[row]),
         ("inferfleet-origin-timestamp", b"%d" % chunk.timestamps_ms[row]),
         ("inferfleet-code", code.value.encode()),
-        ("inferfleet-error", text.encode("utf-8", "replace")[:MAX_ERROR_BYTES]),
+        ("inferfleet-error", _clipped(text)),
         ("inferfleet-attempt", b"1"),
         ("inferfleet-failed-at", failed_at_ms),
         served,
     ]
+
+
+def _clipped(text: str) -> bytes:
+    """Return ``text`` as UTF-8 of at most ``MAX_ERROR_BYTES``, cut between characters."""
+    return text.encode("utf-8", "replace")[:MAX_ERROR_BYTES].decode("utf-8", "ignore").encode()

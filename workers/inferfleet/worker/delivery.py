@@ -29,7 +29,8 @@ from inferfleet.records import (
     RowFailure,
 )
 from inferfleet.telemetry.metrics import PrometheusMetrics
-from inferfleet.wire.encode import error_body, error_headers, ok_headers
+from inferfleet.wire import headers as names
+from inferfleet.wire.encode import STATUS_OK, error_body, error_headers, ok_headers
 from inferfleet.worker.deadletter import dead_letter_headers, default_id
 from inferfleet.worker.plan import RoutePlan, VariantPlan
 
@@ -45,7 +46,7 @@ Outcome = tuple[str, str, str]
 class Settling:
     """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out."""
 
-    __slots__ = ("chunk", "delivery", "open", "outcomes", "plan", "rows")
+    __slots__ = ("chunk", "delivery", "open", "outcomes", "plan", "replaced", "rows")
 
     def __init__(
         self, delivery: Delivery, plan: RoutePlan, chunk: Chunk, rows: list[int], outcomes: dict[Outcome, int]
@@ -55,7 +56,19 @@ class Settling:
         self.chunk = chunk
         self.rows = rows
         self.outcomes = outcomes
+        self.replaced: set[int] = set()
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share
+
+    def replace(self, row: int, code: Code) -> bool:
+        """Count ``row`` under ``code`` instead of ``ok``; return whether that is new."""
+        if row in self.replaced:
+            return False
+        self.replaced.add(row)
+        for version, variant, outcome in [key for key in self.outcomes if key[2] == "ok"]:
+            self.outcomes[version, variant, outcome] -= 1
+            key = (version, variant, code.value)
+            self.outcomes[key] = self.outcomes.get(key, 0) + 1
+        return True
 
     def close(self) -> None:
         """One receipt is complete."""
@@ -152,7 +165,7 @@ class Delivery:
         part = answer.part
         if not part.chunk.live:
             return
-        wrong = self._unfit(plan, answer)
+        wrong = self._unfit(plan, variant, answer)
         if wrong:
             self.fail(plan, _failures(part, list(wrong), list(wrong.values())))
             kept = [index for index in range(len(part)) if index not in wrong]
@@ -161,14 +174,15 @@ class Delivery:
             answer = _pick(answer, kept)
         self._publish_answers(plan, variant, answer)
 
-    def _unfit(self, plan: RoutePlan, answer: Answer) -> dict[int, tuple[Code, str]]:
+    def _unfit(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> dict[int, tuple[Code, str]]:
         """Return the requests of a part whose answers may not be given, by index, ascending."""
         part = answer.part
         wrong: dict[int, tuple[Code, str]] = {}
         if not plan.nan_allowed:
             for name, array in answer.outputs.items():
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    for index in _nonfinite(part, array):
+                values = variant.writer.floats(name, array)
+                if values is not None and not np.isfinite(values).all():
+                    for index in _nonfinite(part, values):
                         wrong[index] = (Code.MODEL_OUTPUT, f"output {name} holds NaN or infinity")
         if part.deadlines_ms is not None:
             now_ms = self._clock.utc_ms()
@@ -238,7 +252,13 @@ class Delivery:
         settling.close()
 
     def _publish_errors(
-        self, settling: Settling, failures: Failures, topics: Sequence[str], *, store: bool
+        self,
+        settling: Settling,
+        failures: Failures,
+        topics: Sequence[str],
+        *,
+        store: bool,
+        dead_letters: bool = True,
     ) -> None:
         plan, chunk = settling.plan, settling.chunk
         variant = plan.variant_of(failures.served)
@@ -260,7 +280,8 @@ class Delivery:
             for topic in topics:
                 envelopes = Envelopes(topic, keys, bodies, headers)
                 self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, failures.rows))
-        self._publish_dead_letters(settling, failures, served)
+        if dead_letters:
+            self._publish_dead_letters(settling, failures, served)
         replies = failures.replies if any(reply is not None for reply in failures.replies) else None
         if self._results is not None and (store or replies is not None):
             self._store(
@@ -319,19 +340,24 @@ class Delivery:
     def envelope_refused(self, receipt: EnvelopeReceipt, index: int, refusal: Refusal) -> None:
         """Turn an answer that is too large into an error; park everything else for another try."""
         settling, envelopes = receipt.settling, receipt.envelopes
+        if not settling.chunk.live:
+            return
         row = receipt.rows[index]
         plan = settling.plan
-        if refusal.kind is RefusalKind.TOO_LARGE and envelopes.destination in plan.topics:
+        # An error that is refused as too large is parked: another error would be no smaller.
+        is_answer = envelopes.destination in plan.topics and STATUS_OK in envelopes.headers[index]
+        if refusal.kind is RefusalKind.TOO_LARGE and is_answer:
             error = Failures(
                 settling.chunk,
                 [row],
-                [_envelope_id(envelopes, index)],
+                [(_header(envelopes, index, names.ID) or b"").decode()],
                 [Code.RESULT_TOO_LARGE],
                 [f"the answer is larger than {envelopes.destination} accepts"],
                 [None],
-                [None],
+                [_header(envelopes, index, names.TRACEPARENT)],
             )
-            self._publish_errors(settling, error, [envelopes.destination], store=False)
+            first = settling.replace(row, Code.RESULT_TOO_LARGE)
+            self._publish_errors(settling, error, [envelopes.destination], store=False, dead_letters=first)
             return
         parked = self._parked.get(envelopes.destination)
         if parked is None:
@@ -351,18 +377,22 @@ class Delivery:
         parked.groups.append((settling, single, [row]))
 
     def result_refused(self, receipt: ResultReceipt, index: int, refusal: Refusal) -> None:
-        """Answer a reused id with ``E_DUP_ID``: to the waiting client and the dead letters only."""
+        """Answer a reused id with ``E_DUP_ID``: to the waiting client and the dead letters only.
+
+        An error outcome stays what it is: it has its dead letter already, and only its client must hear.
+        """
         settling, results = receipt.settling, receipt.results
-        error = Failures(
-            settling.chunk,
-            [receipt.rows[index]],
-            [results.ids[index]],
-            [Code.DUP_ID],
-            [refusal.text],
-            [results.replies[index] if results.replies is not None else None],
-            [None],
-        )
-        settling.outcomes = {("", "", Code.DUP_ID.value): 1, **settling.outcomes}
+        if not settling.chunk.live:
+            return
+        row, request_id = receipt.rows[index], results.ids[index]
+        reply = results.replies[index] if results.replies is not None else None
+        if not results.ok[index]:
+            if reply is not None:
+                bodies = [results.bodies[index]]
+                self._store(settling, [row], [request_id], bodies, [False], [reply], reply_only=True)
+            return
+        error = Failures(settling.chunk, [row], [request_id], [Code.DUP_ID], [refusal.text], [reply], [None])
+        settling.replace(row, Code.DUP_ID)
         self._publish_errors(settling, error, [], store=False)
 
     def retry_parked(self, now: float, *, force: bool = False) -> None:
@@ -380,7 +410,7 @@ class Delivery:
             for settling, envelopes, rows in live:
                 again.routes.add(settling.plan.name)
                 self._outlet.publish(envelopes, _Again(settling, envelopes, rows, self, destination))
-                settling.open -= 1  # the parking place; the receipt above counts for it now
+                settling.close()  # the parking place; the receipt above counts for it now
 
     def accepted_again(self, destination: str) -> None:
         """A destination took what it had refused: its routes go on."""
@@ -461,6 +491,6 @@ def _pick(answer: Answer, kept: list[int]) -> Answer:
     return Answer(part.pick(kept), {name: array[tensor_rows] for name, array in answer.outputs.items()})
 
 
-def _envelope_id(envelopes: Envelopes, index: int) -> str | None:
-    value = envelopes.headers[index][0][1]
-    return None if value is None else value.decode()
+def _header(envelopes: Envelopes, index: int, name: str) -> bytes | None:
+    """Return the value of one of our own headers."""
+    return next((value for key, value in envelopes.headers[index] if key == name), None)

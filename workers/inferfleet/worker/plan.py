@@ -100,17 +100,19 @@ class RoutePlan:
         self.failed_header: Header = served_header(
             Served(route.name, route.model, "", "", revision), config.worker_id
         )
+        wishes = [limits(route.model, variant.version).max_rows for variant in route.variants]
+        max_rows = min(
+            config.limits.max_request_rows,
+            config.limits.in_flight_rows,
+            *[rows for rows in wishes if rows is not None],
+        )
         self._steering = Steering(route.salt, [variant.high for variant in route.variants])
         self._split_by = route.split_by
         self.decoder = Decoder(
             route.model,
             frozenset(variant.version for variant in route.variants),
             self._signature(),
-            Limits(
-                config.limits.max_request_bytes,
-                min(config.limits.max_request_rows, config.limits.in_flight_rows),
-                self.nan_allowed,
-            ),
+            Limits(config.limits.max_request_bytes, max_rows, self.nan_allowed),
             columns=route.input == "columns",
             deadline_ms=route.deadline_ms,
         )
