@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import structlog
@@ -31,6 +32,7 @@ _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }
+_SECOND = itemgetter(1)
 UNREADABLE_HEADERS: Headers = [("inferfleet-unreadable", b"1")]
 
 
@@ -54,7 +56,10 @@ class KafkaIntakeOptions:
         properties: dict[str, Any] = {
             **self.client,
             "fetch.queue.backoff.ms": 2,
+            "queued.min.messages": 200_000,
             "queued.max.messages.kbytes": 65_536,
+            "fetch.max.bytes": 16_777_216,
+            "max.partition.fetch.bytes": 4_194_304,
             "fetch.wait.max.ms": 100,
             "reconnect.backoff.max.ms": 1_000,
             "topic.metadata.refresh.interval.ms": 30_000,
@@ -144,11 +149,11 @@ class KafkaIntake:
             chunk = Chunk(
                 stream,
                 self._epochs[stream],
-                [m.offset() for m in records],
-                [m.key() for m in records],
-                [m.value() for m in records],
+                _positions(records),
+                list(map(Message.key, records)),
+                list(map(Message.value, records)),
                 _headers(records),
-                [m.timestamp()[1] for m in records],
+                list(map(_SECOND, map(Message.timestamp, records))),
                 now,
             )
             self._peak_bytes = max(chunk.size_bytes // len(chunk) * 2, int(self._peak_bytes * 0.9), 1)
@@ -333,9 +338,17 @@ def _generation(consumer: Consumer) -> int:
     return int.from_bytes(metadata[7:11], "little", signed=True) if metadata[:7] == b"CGMDv2:" else -1
 
 
+def _positions(records: list[Message]) -> Sequence[int]:
+    """Return the offsets; they ascend, so without gaps they are a range."""
+    first, last = records[0].offset(), records[-1].offset()
+    if last - first == len(records) - 1:
+        return range(first, last + 1)
+    return list(map(Message.offset, records))
+
+
 def _headers(records: list[Message]) -> list[Headers]:
     try:
-        return [m.headers() for m in records]
+        return list(map(Message.headers, records))
     except UnicodeDecodeError:
         return [_guarded(m) for m in records]
 

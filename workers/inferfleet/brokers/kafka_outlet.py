@@ -33,7 +33,9 @@ def producer_properties(
     """Return the producer's librdkafka properties: idempotent, acknowledged by all, Java's partitioner."""
     return {
         **client,
-        "linger.ms": 1,
+        "linger.ms": 5,
+        "batch.size": 1_000_000,
+        "batch.num.messages": 100_000,
         "queue.buffering.max.messages": 1_000_000,
         "message.max.bytes": max_message_bytes,
         "message.timeout.ms": 60_000,

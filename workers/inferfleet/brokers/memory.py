@@ -66,7 +66,7 @@ class Topic:
     def __init__(self, partitions: int, max_message_bytes: int | None) -> None:
         self.partitions = [Partition() for _ in range(partitions)]
         self.max_message_bytes = max_message_bytes
-        self.refuses: Callable[[Record], Refusal | None] | None = None
+        self.rules: list[tuple[Callable[[Record], bool], Refusal]] = []
         self._next_keyless = 0
 
     def partition_for(self, key: bytes | None) -> int:
@@ -80,7 +80,7 @@ class Topic:
         """Return why a record is not accepted."""
         if self.max_message_bytes is not None and record.size_bytes > self.max_message_bytes:
             return Refusal(RefusalKind.TOO_LARGE, f"the record is larger than {self.max_message_bytes} bytes")
-        return None if self.refuses is None else self.refuses(record)
+        return next((refusal for applies, refusal in self.rules if applies(record)), None)
 
 
 class MemoryBroker:
@@ -169,13 +169,13 @@ class MemoryBroker:
         *,
         when: Callable[[Record], bool] = lambda _: True,
     ) -> None:
-        """Refuse what outlets send to ``topic`` from now on, where ``when`` says so."""
+        """Refuse what outlets send to ``topic`` from now on, where ``when`` says so; the oldest rule wins."""
         refusal = Refusal(kind, f"topic {topic} was told to refuse")
-        self._topics[topic].refuses = lambda record: refusal if when(record) else None
+        self._topics[topic].rules.append((when, refusal))
 
     def accept(self, topic: str) -> None:
-        """Accept again what outlets send to ``topic``."""
-        self._topics[topic].refuses = None
+        """Forget every rule of :meth:`refuse` for ``topic``."""
+        self._topics[topic].rules.clear()
 
     # Groups
 

@@ -136,6 +136,7 @@ class MemoryIntake:
         if self._closed:
             return
         self._closed = True
+        self._tell_refused()
         if self.joined:
             self._revoke(list(self._positions))
             self._group.leave(self._member)
@@ -154,15 +155,18 @@ class MemoryIntake:
     def _hear(self) -> None:
         """Tell the listener what has happened since the last take, and join where that is due."""
         self._group.tick()
-        refused, self._refused = self._refused, []
-        if refused and self._listener is not None:
-            self._listener.settle_refused(refused)
+        self._tell_refused()
         if not self.joined and self._positions:
             self._lose()
         if self._sources and self._group.denied is None:
             self._group.join(self._member, self._sources)
         self._revoke(self._group.to_give_up(self._member))
         self._assign(self._group.claim(self._member))
+
+    def _tell_refused(self) -> None:
+        refused, self._refused = self._refused, []
+        if refused and self._listener is not None:
+            self._listener.settle_refused(refused)
 
     def _assign(self, streams: list[Stream]) -> None:
         for stream in streams:

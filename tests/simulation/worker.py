@@ -1,0 +1,222 @@
+"""One simulated worker: the real loop, delivery and plans on a memory broker and threadless engines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+
+import msgspec
+
+from inferfleet.brokers.memory import MemoryBroker
+from inferfleet.brokers.memory_intake import MemoryIntake
+from inferfleet.brokers.memory_outlet import MemoryOutlet
+from inferfleet.config import Config
+from inferfleet.ports import IntakeListener
+from inferfleet.records import Chunk, Stream
+from inferfleet.results.memory import MemoryResults
+from inferfleet.routes import RouteTable
+from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.testing.clock import FakeClock
+from inferfleet.testing.puppet import Script
+from inferfleet.worker.delivery import Delivery
+from inferfleet.worker.loop import LoopOptions, WorkerLoop
+from inferfleet.worker.plan import RoutePlan
+from tests.simulation.audit import ViolationError
+from tests.simulation.engine import SimEngine, SimModel, VirtualNews
+from tests.simulation.traffic import POISON
+
+VERSIONS = ("1", "2")
+MAX_ROWS_OF_A_REQUEST = 5
+
+
+class NoWishes:
+    """A model that leaves its batching to the configuration."""
+
+    max_batch_size = max_queue_delay_ms = max_rows = sort_by_length = None
+
+
+class WatchedIntake(MemoryIntake):
+    """An intake that remembers what it gave out, so that what may be repeated is known exactly."""
+
+    def __init__(self, broker: MemoryBroker, group: str, let_go: Callable[[Stream, int], None]) -> None:
+        super().__init__(broker, group)
+        self.taken: dict[Stream, list[Chunk]] = {}
+        self._let_go = let_go
+
+    def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
+        super().subscribe(sources, _Witness(listener, self))
+
+    def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
+        chunks = super().take(max_records, max_bytes, max_wait_s)
+        for chunk in chunks:
+            self.taken.setdefault(chunk.stream, []).append(chunk)
+        return chunks
+
+    def expel(self) -> None:
+        self.give_back(list(self.taken))
+        super().expel()
+
+    def vanish(self) -> None:
+        self.give_back(list(self.taken))
+        super().vanish()
+
+    def _forget(self, streams: Collection[Stream]) -> None:  # type: ignore[override]
+        self.give_back(streams)
+        super()._forget(streams)
+
+    def give_back(self, streams: Collection[Stream]) -> None:
+        """What was taken and is not committed now will be taken again."""
+        for stream in streams:
+            committed = self._group.committed.get(stream, 0)
+            for chunk in self.taken.pop(stream, ()):
+                for position in chunk.positions:
+                    if position >= committed:
+                        self._let_go(stream, position)
+
+    def finished(self, stream: Stream) -> int | None:
+        """Return the end of what was taken of ``stream`` and is settled without a gap, if anything is."""
+        end: int | None = None
+        for chunk in self.taken.get(stream, ()):
+            prefix = chunk.settled_prefix()
+            if prefix:
+                end = chunk.positions[prefix - 1] + 1
+            if prefix < len(chunk):
+                break
+        return end
+
+    def promised(self, streams: Collection[Stream], positions: Mapping[Stream, int]) -> None:
+        """At a revoke, all that is finished must be settled: told before, or told now."""
+        for stream in streams:
+            end = self.finished(stream)
+            known = max(self._group.committed.get(stream, 0), positions.get(stream, 0))
+            if end is not None and known < end and stream in self._member.owned:
+                raise ViolationError(f"I2: {stream} is finished up to {end}; the revoke settles {known}")
+
+
+class _Witness:
+    """Hears the news first, and checks what the loop makes of a revoke."""
+
+    def __init__(self, loop: IntakeListener, intake: WatchedIntake) -> None:
+        self._loop = loop
+        self._intake = intake
+
+    def assigned(self, streams: Collection[Stream]) -> None:
+        self._loop.assigned(streams)
+
+    def revoked(self, streams: Collection[Stream], grace_s: float) -> Mapping[Stream, int]:
+        positions = self._loop.revoked(streams, grace_s)
+        self._intake.promised(streams, positions)
+        return positions
+
+    def lost(self, streams: Collection[Stream]) -> None:
+        self._loop.lost(streams)
+
+    def settle_refused(self, streams: Collection[Stream]) -> None:
+        self._loop.settle_refused(streams)
+
+
+class SimWorker:
+    """A worker of the fleet, and the strings it hangs on."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        broker: MemoryBroker,
+        clock: FakeClock,
+        results: MemoryResults,
+        options: LoopOptions,
+        let_go: Callable[[Stream, int], None],
+    ) -> None:
+        self.name = name
+        self._config = msgspec.structs.replace(config, worker=msgspec.structs.replace(config.worker, id=name))
+        self.options = options
+        self.intake = WatchedIntake(broker, config.group, let_go)
+        self.outlet = MemoryOutlet(broker, holding=True)
+        self.results = results
+        self.news = VirtualNews()
+        metrics = PrometheusMetrics()
+        delivery = Delivery(
+            self.outlet, results, metrics, clock, max_result_bytes=config.limits.max_result_bytes
+        )
+        self.delivery = delivery
+        self.loop = WorkerLoop(
+            self.intake, self.outlet, results, delivery, self.news, metrics, clock, options
+        )
+        self.engines = {
+            ("m", version): SimEngine(
+                "m", SimModel(version, Script(fail_on=frozenset([POISON]))), self.news, clock
+            )
+            for version in VERSIONS
+        }
+        for engine in self.engines.values():
+            self.loop.watch(engine)
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.loop!r} {self.intake!r} {self.outlet!r}"
+
+    def use(self, table: RouteTable) -> None:
+        """Serve the routes of ``table`` from now on."""
+        self.loop.use(
+            [
+                RoutePlan(route, table.revision, self.engines, lambda *_: NoWishes(), self._config)
+                for route in table.routes
+            ]
+        )
+
+    # Strings
+
+    def finish_batch(self, rng: random.Random) -> bool:
+        """Let an engine end its oldest batch; return whether there was one."""
+        running = [engine for engine in self.engines.values() if engine.queued]
+        if running:
+            rng.choice(running).finish(rng.random() * 0.1)
+        return bool(running)
+
+    def let_through(self, count: int | None = None) -> int:
+        """Let envelopes reach the broker."""
+        return self.outlet.let_through(count)
+
+    def settle_down(self) -> None:
+        """Let everything that is under way end well."""
+        for engine in self.engines.values():
+            while engine.queued:
+                engine.finish()
+        self.outlet.let_through()
+
+    def crash(self) -> None:
+        """End as a killed process."""
+        self.intake.vanish()
+        self.outlet.vanish()
+
+    def leave(self, timeout_s: float) -> None:
+        """End as after SIGTERM: drain, leave the group, close."""
+        self.loop.drain(timeout_s)
+        self.intake.close()
+        self.outlet.close(0.5)
+        self.results.close(0.5)
+        self.outlet.vanish()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is open, waiting, or under way."""
+        return not (
+            self.loop.open or self.loop.batcher.rows or self.outlet.pending() or self.results.pending()
+        )
+
+    def check(self) -> None:
+        """Judge what a worker may hold."""
+        admission = self.loop.admission
+        overshoot = self.options.chunk_records * MAX_ROWS_OF_A_REQUEST
+        # Below twice the bound by contract: routes below their share may take while the worker is full.
+        if admission.rows > 2 * self.options.max_rows + overshoot:
+            raise ViolationError(
+                f"I14: {self} holds {admission.rows} rows; the bound is {self.options.max_rows}"
+            )
+        held = sum(len(chunk) for chunks in self.intake.taken.values() for chunk in chunks if chunk.open)
+        if held > admission.rows:
+            raise ViolationError(
+                f"I14: {self} holds {held} records of open chunks and counts {admission.rows}"
+            )
+        if min(admission.rows, admission.bytes, self.loop.batcher.rows) < 0:
+            raise ViolationError(f"I14: {self} counts below nothing")
