@@ -71,7 +71,7 @@ class Chunk:
         self,
         stream: Stream,
         epoch: int,
-        positions: list[int],
+        positions: Sequence[int],
         keys: list[bytes | None],
         values: list[bytes | None],
         headers: list[Headers],

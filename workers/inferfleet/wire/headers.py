@@ -63,6 +63,8 @@ class ChunkMeta:
 
     metas: list[Meta] | None = None
     rejected: dict[int, RequestError] = field(default_factory=dict)
+    uniform: Meta | None = None
+    """What all records say, where their headers are equal to the letter."""
 
 
 def check_id(request_id: str) -> str:
@@ -80,13 +82,15 @@ def check_id(request_id: str) -> str:
 
 def ids_are_plain(ids: list[str]) -> bool:
     """Return whether every id is surely valid; ``False`` means: check them one by one."""
-    joined = "\n".join(ids)
+    joined = "".join(ids)
     return (
         joined.isascii()
-        and "" not in ids
+        and joined.isprintable()  # no control character, DEL included
+        and " " not in joined
+        and "{" not in joined
+        and "}" not in joined
+        and min(map(len, ids), default=1) > 0
         and max(map(len, ids), default=0) <= MAX_ID_BYTES
-        and joined.count("\n") == len(ids) - 1
-        and not _ID_FORBIDDEN.search(joined.replace("\n", ""))
     )
 
 
@@ -94,7 +98,15 @@ def read_headers(headers: list[Headers]) -> ChunkMeta:
     """Return the header columns of a chunk, and what must be rejected for its headers alone."""
     if headers.count(None) == len(headers):
         return ChunkMeta()
-    metas: list[Meta] = []
+    first = headers[0]
+    if first is not None and headers.count(first) == len(headers):
+        try:
+            uniform = _read(first)
+            return ChunkMeta([uniform] * len(headers), {}, uniform)
+        except RequestError as error:
+            metas = [_salvage(first)] * len(headers)
+            return ChunkMeta(metas, dict.fromkeys(range(len(headers)), error))
+    metas = []
     rejected: dict[int, RequestError] = {}
     last: Headers = None
     last_meta = PLAIN

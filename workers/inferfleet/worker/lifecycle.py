@@ -32,8 +32,9 @@ log = structlog.get_logger(__name__)
 ROUTES_EVERY_S = 5.0
 GAUGES_EVERY_S = 1.0
 IDLE_CHECK_TIMEOUT_S = 2.0
-ENGINE_JOIN_S = 2.0
-GC_THRESHOLDS = (50_000, 50, 100)
+LEAVE_S = 3.0
+"""The share of the drain time (half of it at most) that leaving, flushing and closing may need."""
+GC_THRESHOLDS = (500_000, 20, 50)
 
 Version = tuple[str, str]
 
@@ -261,21 +262,24 @@ class Worker:
 
     def _end(self) -> int:
         """Drain, leave, close; return how many records were given back."""
-        until = self._clock.monotonic() + self._config.worker.drain_timeout_s
+        timeout_s = self._config.worker.drain_timeout_s
+        until = self._clock.monotonic() + timeout_s
         log.info("draining", open=self.loop.open)
-        unfinished = self.loop.drain(self._config.worker.drain_timeout_s)
+        unfinished = self.loop.drain(timeout_s - min(LEAVE_S, timeout_s / 2))
         self._to.intake.close()
-        left_s = max(0.5, until - self._clock.monotonic())
-        unconfirmed = self._to.outlet.close(left_s)
+        unconfirmed = self._to.outlet.close(self._left_s(until))
         if self._to.results is not None:
-            unconfirmed += self._to.results.close(max(0.5, until - self._clock.monotonic()))
+            unconfirmed += self._to.results.close(self._left_s(until))
         engines = [*self._engines.values(), *self._leaving]
         for engine in engines:
             engine.close()
         for engine in engines:
-            engine.join(ENGINE_JOIN_S if engine.signature is not None else 0.0)
+            engine.join(self._left_s(until) if engine.signature is not None else 0.0)
         log.info("stopped", given_back=unfinished, unconfirmed=unconfirmed)
         return unfinished
+
+    def _left_s(self, until: float) -> float:
+        return max(0.0, until - self._clock.monotonic())
 
     # What others may ask; called from the admin thread, reads only
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+import numpy as np
 import structlog
 
 from inferfleet.core.admission import Admission
@@ -285,7 +286,9 @@ class WorkerLoop:
             self._metrics.outcomes(name, version, variant, outcome, count)
         now_ms = self._clock.utc_ms()
         timestamps = chunk.timestamps_ms
-        self._metrics.request_seconds(name, [(now_ms - timestamps[row]) / 1000 for row in settling.rows])
+        if len(settling.rows) < len(timestamps):
+            timestamps = [timestamps[row] for row in settling.rows]
+        self._metrics.request_seconds(name, (now_ms - np.array(timestamps)) / 1000)
         if not chunk.open:
             self._release(chunk)
 
