@@ -66,6 +66,9 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Signature(_specs(self.input), _specs(self.output))
 
 
+# Made for its effect: msgspec 0.22 crashes when several threads are the first to use a type.
+msgspec.json.Decoder(Description)
+
 _KEYS: dict[str, tuple[str, ...]] = {
     "": Description.__struct_fields__,
     "input": TensorEntry.__struct_fields__,

@@ -58,6 +58,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(self.encode()).hexdigest()
 
 
+# Made at import: msgspec 0.22 crashes when several threads are the first to use a type, and each device
+# thread reads the manifest of its own version.
+_DECODER = msgspec.json.Decoder(Manifest)
+
+
 def check_path(path: str) -> str:
     """Return ``path`` if it is a plain relative one that stays inside its folder, else raise ValueError."""
     parts = path.split("/")
@@ -71,7 +76,7 @@ def read(folder: Path, model: str, version: str) -> Manifest:
     label = f"model {model} version {version}: {MANIFEST}"
     try:
         raw = _read_plain(folder / MANIFEST, _MAX_MANIFEST_BYTES)
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = _DECODER.decode(raw)
         for path in manifest.files:
             check_path(path)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
