@@ -67,11 +67,13 @@ def train(data: Digits) -> dict[str, Any]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     images, digits = data.images[data.learned] / PIXEL_MAX, data.digits[data.learned]
     linear = LogisticRegression(max_iter=500)
     network = MLPClassifier((128, 64), alpha=1e-3, max_iter=300, random_state=_SEED)
-    with warnings.catch_warnings():
+    # These matrices are too small to share: on a busy machine more threads take ten times as long.
+    with threadpool_limits(1), warnings.catch_warnings():
         # Where it stops is fixed by the seed and the limit; that it could go on is no news.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from inferfleet.demo import digits, files
+from inferfleet.demo import digits, files, sentences
 from inferfleet.demo.screen import VersionLine, sum_table, version_table
 from inferfleet.demo.stage import Batches, Stage
 from inferfleet.demo.tally import Tally
@@ -53,7 +53,7 @@ _WHAT = {
         version: f"{digits.MODEL} {version}: {name}" for version, name in digits.VERSIONS.items()
     },
     ("files", files.MODEL): {"1": "magika 1: file types"},
-    ("sentences", "minilm"): {"1": "minilm 1: sentences"},
+    (sentences.ROUTE, sentences.MODEL): {"1": "minilm 1: sentences"},
 }
 
 

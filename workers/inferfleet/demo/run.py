@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferfleet.core.routing import Steering
-from inferfleet.demo import digits, files, servers
+from inferfleet.demo import digits, files, sentences, servers
 from inferfleet.demo.broker import PARTITIONS
 from inferfleet.demo.processes import DemoError, Processes, recorded
 from inferfleet.demo.report import Findings, hints, tables
@@ -23,6 +23,7 @@ from inferfleet.demo.wires import Wires
 from inferfleet.routes import load_routes
 
 FILES = 240
+SENTENCES = 120
 WORKERS = 2
 
 
@@ -52,7 +53,7 @@ def run(options: Options) -> bool:
     Whatever happens, what was started is ended, unless ``keep`` is asked for and the show went through.
     """
     screen = Screen()
-    routes = ("digits", "files", *(["sentences"] if options.torch else []))
+    routes = ("digits", "files", *([sentences.ROUTE] if options.torch else []))
     stage = Stage(options.folder, routes)
     if recorded(stage.record):
         raise DemoError(f"a demo runs in {options.folder} already; end it with `inferfleet demo --stop`")
@@ -96,6 +97,8 @@ def _perform(stage: Stage, processes: Processes, addresses: Addresses, screen: S
     stage.add_digits({version: digits.layers_of(each) for version, each in classifiers.items()})
     types = files.load_file_types()
     stage.add_file_types(types)
+    if sentences.ROUTE in stage.routes:
+        stage.add_sentence_encoder()
     screen.say("two versions of a digits classifier trained, magika taken from its wheel: all as ONNX")
     workers = [start_worker(processes, stage, f"worker-{number + 1}") for number in range(WORKERS)]
 
@@ -106,6 +109,8 @@ def _perform(stage: Stage, processes: Processes, addresses: Addresses, screen: S
         "digits": DigitsLoad("digits", data, digits.expected_probabilities(classifiers, data), steering),
         "files": FilesLoad("files", types, files.sample_files(types, FILES)),
     }
+    if sentences.ROUTE in stage.routes:
+        loads[sentences.ROUTE] = sentences.SentencesLoad(sentences.sentences(SENTENCES))
     wait_until_ready(workers)
     screen.say(
         f"{WORKERS} workers are ready: {', '.join(f'{each.name} pid {each.started.pid}' for each in workers)}"

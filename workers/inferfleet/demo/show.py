@@ -19,7 +19,7 @@ _WAVE_S = 0.25
 _KILL_AFTER = _WAVES // 2
 _SHARE_IN_WAVES = 0.6
 _LOOK_S = 0.1
-_PATIENCE_S = 60.0
+_PATIENCE_S = 15.0
 
 
 class Show:
@@ -48,7 +48,11 @@ class Show:
         in_waves = int(len(requests) * _SHARE_IN_WAVES)
         with self._screen.gauge(len(requests)) as gauge:
             killing = self._waves(requests[:in_waves], gauge)
+            self._screen.say(
+                f"waiting for the answers that {killing.victim} owes; the group misses it after 6 s"
+            )
             self._wait_for_answers(gauge)
+            self._screen.say("all answered; the rest at once")
             burst_s = self._burst(requests[in_waves:], gauge)
             self._wait_for_the_end(gauge)
         for worker in self._workers:
@@ -111,7 +115,10 @@ class Show:
     def _wait_for_the_end(self, gauge: Gauge) -> None:
         """Return when the group has committed every request and every outcome was read: no more can come."""
         give_up_at = time.monotonic() + _PATIENCE_S
-        while not (self._wires.work_is_over() and self._wires.all_read()) and time.monotonic() < give_up_at:
+        while missing := self._wires.uncommitted() or self._wires.unread():
+            if time.monotonic() > give_up_at:
+                self._screen.say(f"not all was committed and read: {', '.join(missing)}")
+                return
             self._wires.collect(_LOOK_S)
             gauge.show(self._tally)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferfleet.demo import digits, files
+from inferfleet.demo import digits, files, sentences
 from inferfleet.demo.processes import DemoError, Processes, Started
 from inferfleet.demo.servers import free_port
 from inferfleet.models.repository import Repository
@@ -109,7 +109,7 @@ class Stage:
         consumer = (
             '[kafka.consumer]\n"fetch.wait.max.ms" = 10   # the embedded broker\'s long poll does not wake\n'
         )
-        trusted = '["minilm"]' if "sentences" in self.routes else "[]"
+        trusted = f'["{sentences.MODEL}"]' if sentences.ROUTE in self.routes else "[]"
         self.fleet_toml.write_text(
             f'[fleet]\nname = "{FLEET}"\n\n'
             f'[kafka]\nbootstrap_servers = "{bootstrap_servers}"\nsession_timeout_ms = 6000\n'
@@ -121,7 +121,7 @@ class Stage:
             'admin_address = "127.0.0.1:0"   # any free one; a worker of the demo is given its own\n',
             encoding="utf-8",
         )
-        text = ROUTES + (SENTENCE_ROUTE if "sentences" in self.routes else "")
+        text = ROUTES + (SENTENCE_ROUTE if sentences.ROUTE in self.routes else "")
         (self.folder / "routes.toml").write_text(text, encoding="utf-8")
 
     def add_digits(self, layers: dict[str, list[digits.Layer]]) -> None:
@@ -136,6 +136,11 @@ class Stage:
     def add_file_types(self, types: files.FileTypes) -> None:
         """Put magika's network into the repository."""
         Repository(self.folder / "models").add(files.MODEL, "1", [types.onnx])
+
+    def add_sentence_encoder(self) -> None:
+        """Put the sentence encoder into the repository."""
+        repository = Repository(self.folder / "models")
+        repository.add(sentences.MODEL, "1", sentences.model_files(), settings=sentences.SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ def start_worker(processes: Processes, stage: Stage, name: str) -> Worker:
     admin = f"127.0.0.1:{free_port()}"
     env = {key: value for key, value in os.environ.items() if not key.startswith("INFERFLEET_")}
     env |= {"INFERFLEET__WORKER__ID": name, "INFERFLEET__WORKER__ADMIN_ADDRESS": admin}
-    command = [sys.executable, "-m", "inferfleet", "worker", "--config", str(stage.fleet_toml)]
+    command = [sys.executable, "-m", "inferfleet.cli", "worker", "--config", str(stage.fleet_toml)]
     return Worker(name, processes.start(name, command, stage.logs / f"{name}.log", rank=1, env=env), admin)
 
 

@@ -77,7 +77,7 @@ class DigitsLoad:
 
     def is_right(self, answer: Answer) -> bool:
         """The version is the one that the key is steered to, and says what it says outside the fleet."""
-        row = _number(answer.id)
+        row = request_number(answer.id)
         steered = self._versions[self._steering.variant(answer.id.encode())]
         expected = self._expected[steered][row]
         return answer.version == steered and bool(
@@ -86,7 +86,7 @@ class DigitsLoad:
 
     def is_hit(self, answer: Answer) -> bool | None:
         """Whether the digit was recognised; images that the models learned from do not count."""
-        row = _number(answer.id)
+        row = request_number(answer.id)
         if not self._unseen[row]:
             return None
         return int(answer.outputs["label"][0]) == int(self._digits[row])
@@ -116,7 +116,7 @@ class FilesLoad:
     def is_right(self, answer: Answer) -> bool:
         """The type is the one that magika itself finds."""
         best = int(np.argmax(answer.outputs["target_label"]))
-        return self._types.labels[best] == self._samples[_number(answer.id)].label
+        return self._types.labels[best] == self._samples[request_number(answer.id)].label
 
     def is_hit(self, answer: Answer) -> bool | None:  # noqa: ARG002 - the port's shape
         """Nobody has labelled these files, so there is nothing to be true to."""
@@ -158,5 +158,6 @@ def decode_answer(route: str, value: bytes, headers: Mapping[str, bytes]) -> Ans
     )
 
 
-def _number(request_id: str) -> int:
+def request_number(request_id: str) -> int:
+    """Return the number at the end of an id such as ``digit-42``."""
     return int(request_id.rpartition("-")[2])

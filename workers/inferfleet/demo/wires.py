@@ -19,8 +19,8 @@ class Wires:
     """Sends and collects on one thread, and writes both into the tally."""
 
     def __init__(self, bootstrap_servers: str, group: str, routes: Iterable[str], tally: Tally) -> None:
-        # Only errors of the connection are worth a line beside the progress bar.
-        address = {"bootstrap.servers": bootstrap_servers, "log_level": 3}
+        # Lines of the client library do not belong between the lines of the demo; errors come as errors.
+        address = {"bootstrap.servers": bootstrap_servers, "log_level": 2}
         self._tally = tally
         self._group = group
         self._refused: list[str] = []
@@ -70,32 +70,27 @@ class Wires:
             if left <= 0:
                 return count
 
-    def work_is_over(self) -> bool:
-        """Whether the workers have committed every request: then nothing comes any more, nor again."""
+    def uncommitted(self) -> list[str]:
+        """Return where requests are not committed yet; if nowhere, nothing comes any more, nor again."""
         committed = self._progress.committed(self._requests, timeout=_TIMEOUT_S)
-        return all(
-            each.offset >= self._progress.get_watermark_offsets(each, timeout=_TIMEOUT_S, cached=False)[1]
-            or self._is_empty(each)
-            for each in committed
-        )
+        return self._short_of_the_end(self._progress, committed)
 
-    def all_read(self) -> bool:
-        """Whether every record that stands in the result topics was taken."""
-        positions = self._answers.position(self._results)
-        return all(
-            each.offset >= self._answers.get_watermark_offsets(each, timeout=_TIMEOUT_S, cached=False)[1]
-            or self._is_empty(each)
-            for each in positions
-        )
+    def unread(self) -> list[str]:
+        """Return where records of the result topics were not taken yet."""
+        return self._short_of_the_end(self._answers, self._answers.position(self._results))
+
+    def _short_of_the_end(self, consumer: Consumer, positions: list[TopicPartition]) -> list[str]:
+        short = []
+        for each in positions:
+            low, high = consumer.get_watermark_offsets(each, timeout=_TIMEOUT_S, cached=False)
+            if low < high and each.offset < high:
+                short.append(f"{each.topic}[{each.partition}] at {max(each.offset, low)} of {high}")
+        return short
 
     def close(self) -> None:
         """Give the connections back."""
         self._answers.close()
         self._progress.close()
-
-    def _is_empty(self, partition: TopicPartition) -> bool:
-        low, high = self._progress.get_watermark_offsets(partition, timeout=_TIMEOUT_S, cached=False)
-        return bool(low == high)
 
     def _partitions(self, topic: str) -> list[TopicPartition]:
         try:
