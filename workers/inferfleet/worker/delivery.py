@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import structlog
 import xxhash
 
 from inferfleet.errors import RULES, Code
@@ -20,7 +18,6 @@ from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
 from inferfleet.records import (
     Answer,
     Array,
-    Chunk,
     Envelopes,
     Failures,
     Header,
@@ -32,108 +29,11 @@ from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.wire import headers as names
 from inferfleet.wire.encode import STATUS_OK, error_body, error_headers, ok_headers
 from inferfleet.worker.deadletter import dead_letter_headers, default_id
+from inferfleet.worker.parking import Parking
 from inferfleet.worker.plan import RoutePlan, VariantPlan
+from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt, Settling
 
-log = structlog.get_logger(__name__)
-
-PARKED_RETRY_S = 1.0
-PARKED_RETRY_MAX_S = 15.0
-
-Outcome = tuple[str, str, str]
-"""Version, variant, and ``ok`` or the code: what an outcome is counted under."""
-
-
-class Settling:
-    """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out."""
-
-    __slots__ = ("chunk", "delivery", "open", "outcomes", "plan", "replaced", "rows")
-
-    def __init__(
-        self, delivery: Delivery, plan: RoutePlan, chunk: Chunk, rows: list[int], outcomes: dict[Outcome, int]
-    ) -> None:
-        self.delivery = delivery
-        self.plan = plan
-        self.chunk = chunk
-        self.rows = rows
-        self.outcomes = outcomes
-        self.replaced: set[int] = set()
-        self.open = 1  # the hand-over itself; closed when every outlet has been given its share
-
-    def replace(self, row: int, code: Code) -> bool:
-        """Count ``row`` under ``code`` instead of ``ok``; return whether that is new."""
-        if row in self.replaced:
-            return False
-        self.replaced.add(row)
-        for version, variant, outcome in [key for key in self.outcomes if key[2] == "ok"]:
-            self.outcomes[version, variant, outcome] -= 1
-            key = (version, variant, code.value)
-            self.outcomes[key] = self.outcomes.get(key, 0) + 1
-        return True
-
-    def close(self) -> None:
-        """One receipt is complete."""
-        self.open -= 1
-        if not self.open:
-            self.delivery.complete(self)
-
-
-class EnvelopeReceipt:
-    """Implements :class:`~inferfleet.ports.Receipt` for one column set of envelopes."""
-
-    __slots__ = ("envelopes", "left", "rows", "settling")
-
-    def __init__(self, settling: Settling, envelopes: Envelopes, rows: Sequence[int]) -> None:
-        self.settling = settling
-        self.envelopes = envelopes
-        self.rows = rows
-        self.left = len(envelopes)
-        settling.open += 1
-
-    def confirmed(self, count: int) -> None:
-        """``count`` envelopes are durable."""
-        self.left -= count
-        if not self.left:
-            self.settling.close()
-
-    def refused(self, index: int, refusal: Refusal) -> None:
-        """Envelope ``index`` was not accepted: deal with it, then count it as done here."""
-        self.settling.delivery.envelope_refused(self, index, refusal)
-        self.confirmed(1)
-
-
-class ResultReceipt:
-    """What the result store says about one column set of results."""
-
-    __slots__ = ("left", "results", "rows", "settling")
-
-    def __init__(self, settling: Settling, results: Results, rows: Sequence[int]) -> None:
-        self.settling = settling
-        self.results = results
-        self.rows = rows
-        self.left = len(results)
-        settling.open += 1
-
-    def confirmed(self, count: int) -> None:
-        """``count`` results are stored."""
-        self.left -= count
-        if not self.left:
-            self.settling.close()
-
-    def refused(self, index: int, refusal: Refusal) -> None:
-        """Result ``index`` was not stored: the id holds an answer to another payload."""
-        self.settling.delivery.result_refused(self, index, refusal)
-        self.confirmed(1)
-
-
-@dataclass(slots=True)
-class _Parked:
-    """Envelopes that a destination refused for now, and when to offer them again."""
-
-    text: str
-    groups: list[tuple[Settling, Envelopes, list[int]]] = field(default_factory=list)
-    next_at: float = 0.0
-    delay_s: float = PARKED_RETRY_S
-    routes: set[str] = field(default_factory=set)
+__all__ = ["Delivery", "Settling"]
 
 
 class Delivery:
@@ -156,7 +56,7 @@ class Delivery:
         self.on_settled: Callable[[Settling], None] = _nobody_listens
         self._max_result_bytes = max_result_bytes
         self._dead_letter_also = dead_letter_also
-        self._parked: dict[str, _Parked] = {}
+        self._parking = Parking(outlet, clock)
 
     # Answers
 
@@ -359,22 +259,7 @@ class Delivery:
             first = settling.replace(row, Code.RESULT_TOO_LARGE)
             self._publish_errors(settling, error, [envelopes.destination], store=False, dead_letters=first)
             return
-        parked = self._parked.get(envelopes.destination)
-        if parked is None:
-            log.error(
-                "outlet_refuses", destination=envelopes.destination, route=plan.name, error=refusal.text
-            )
-            parked = self._parked[envelopes.destination] = _Parked(refusal.text)
-            parked.next_at = self._clock.monotonic() + parked.delay_s
-        settling.open += 1
-        parked.routes.add(plan.name)
-        single = Envelopes(
-            envelopes.destination,
-            [envelopes.keys[index]],
-            [envelopes.values[index]],
-            [envelopes.headers[index]],
-        )
-        parked.groups.append((settling, single, [row]))
+        self._parking.park(receipt, index, refusal)
 
     def result_refused(self, receipt: ResultReceipt, index: int, refusal: Refusal) -> None:
         """Answer a reused id with ``E_DUP_ID``: to the waiting client and the dead letters only.
@@ -396,68 +281,16 @@ class Delivery:
         self._publish_errors(settling, error, [], store=False)
 
     def retry_parked(self, now: float, *, force: bool = False) -> None:
-        """Offer what was refused again, one group a destination first, with growing pauses."""
-        for destination in [d for d, parked in self._parked.items() if force or parked.next_at <= now]:
-            parked = self._parked.pop(destination)
-            log.info("outlet_tried_again", destination=destination, envelopes=len(parked.groups))
-            again = _Parked(parked.text)
-            again.delay_s = min(parked.delay_s * 2, PARKED_RETRY_MAX_S)
-            again.next_at = now + again.delay_s
-            live = [group for group in parked.groups if group[0].chunk.live]
-            if live:
-                # Kept while its envelopes are out, so that a further refusal finds the longer pause.
-                self._parked[destination] = again
-            for settling, envelopes, rows in live:
-                again.routes.add(settling.plan.name)
-                self._outlet.publish(envelopes, _Again(settling, envelopes, rows, self, destination))
-                settling.close()  # the parking place; the receipt above counts for it now
-
-    def accepted_again(self, destination: str) -> None:
-        """A destination took what it had refused: its routes go on."""
-        parked = self._parked.get(destination)
-        if parked is not None and not parked.groups:
-            del self._parked[destination]
-            log.info("outlet_accepts_again", destination=destination)
+        """Offer again what was refused, where its pause has ended; ``force`` does not wait for that."""
+        self._parking.retry(now, force=force)
 
     def held(self) -> dict[str, str]:
         """Return the routes that must not take now, and why."""
-        return {
-            route: f"{destination} refuses: {parked.text}"
-            for destination, parked in self._parked.items()
-            for route in parked.routes
-        }
+        return self._parking.held()
 
     def complete(self, settling: Settling) -> None:
         """Every outlet has confirmed: the records are settled."""
         self.on_settled(settling)
-
-
-class _Again(EnvelopeReceipt):
-    """A receipt for parked envelopes: its confirmation ends the parking."""
-
-    __slots__ = ("delivery", "destination")
-
-    def __init__(
-        self,
-        settling: Settling,
-        envelopes: Envelopes,
-        rows: Sequence[int],
-        delivery: Delivery,
-        destination: str,
-    ) -> None:
-        super().__init__(settling, envelopes, rows)
-        self.delivery = delivery
-        self.destination = destination
-
-    def confirmed(self, count: int) -> None:
-        """``count`` envelopes are durable after all."""
-        self.delivery.accepted_again(self.destination)
-        super().confirmed(count)
-
-    def refused(self, index: int, refusal: Refusal) -> None:
-        """Still not: park it again."""
-        self.settling.delivery.envelope_refused(self, index, refusal)
-        super().confirmed(1)
 
 
 def _nobody_listens(settling: Settling) -> None:
