@@ -187,16 +187,31 @@ class Cluster:
             )
         return self._consumers[group]
 
-    def create(self, topics: Iterable[tuple[str, int, int]]) -> None:
-        """Create topics (name, partitions, replication); raises BrokerError for the first that fails."""
+    def create(self, topics: Iterable[tuple[str, int, int]]) -> set[str]:
+        """Create topics (name, partitions, replication) and return those that did not stand already.
+
+        Raises BrokerError for the first that fails.
+        """
         new = [NewTopic(name, partitions, replication) for name, partitions, replication in topics]
         if not new:
-            return
+            return set()
+        created = set()
         for name, future in self._admin.create_topics(new, operation_timeout=self._answer_s).items():
             try:
                 future.result()
+                created.add(name)
             except KafkaException as error:
-                raise BrokerError(f"topic {name} was not created: {_reason(error)}") from None
+                # A topic just created, or one this user may not see, is missing in the metadata and stands.
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise BrokerError(f"topic {name} was not created: {_reason(error)}") from None
+        self._wait_until_seen({each.topic for each in new})
+        return created
+
+    def _wait_until_seen(self, names: set[str]) -> None:
+        """Wait until the metadata shows the topics: what comes next, a worker or doctor, reads it there."""
+        until = time.monotonic() + self._answer_s
+        while names - self.topics().keys() and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         try:

@@ -100,9 +100,12 @@ def _apply(config: Config, needed: Sequence[Topic], as_json: bool) -> None:
     cluster = Cluster(config)
     standing = cluster.topics()
     missing = [each for each in needed if each.name not in standing]
-    cluster.create((each.name, each.partitions, each.replication) for each in missing)
+    created = cluster.create((each.name, each.partitions, each.replication) for each in missing)
+    unseen = [each.name for each in missing if each.name not in created]
+    if unseen:
+        standing |= {name: facts.partitions for name, facts in cluster.describe_topics(unseen).items()}
     rows = [
-        (each.name, "created" if each in missing else "stood", standing.get(each.name, each.partitions))
+        (each.name, "created" if each.name in created else "stood", standing.get(each.name, each.partitions))
         for each in needed
     ]
     if as_json:
