@@ -30,8 +30,7 @@ from inferfleet.records import (
 )
 from inferfleet.wire import headers as names
 from inferfleet.wire.headers import PLAIN, ChunkMeta, Meta, check_id, ids_are_plain, read_headers
-from inferfleet.wire.request import Limits, Parsed, RequestReader
-from inferfleet.wire.tensors import check_depth
+from inferfleet.wire.request import Limits, Parsed, RequestReader, find_id
 
 _FORMATS = {
     "BOOL": "?",
@@ -211,7 +210,7 @@ class Decoder:
         """Return the id in a body that was refused, where it can still be read."""
         if found.json_length == 0 or (self._columns and self._takes_id):
             return None
-        return _find_id(body[: found.json_length])
+        return find_id(body[: found.json_length])
 
     def _by_form(self, meta: ChunkMeta, rows: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Split rows into JSON bodies, raw tensors, and those for the general reader."""
@@ -430,20 +429,3 @@ def _fill_alike(made: Requests, found: Meta) -> None:
         made.replies = [found.reply] * count
     if found.trace is not None:
         made.traces = [found.trace] * count
-
-
-class _OnlyId(msgspec.Struct, gc=False):
-    id: str | None = None
-
-
-_ONLY_ID = msgspec.json.Decoder(_OnlyId)
-
-
-def _find_id(body: bytes) -> str | None:
-    """Return the id of a body that was refused, where it can still be read."""
-    try:
-        check_depth(body)
-        found = _ONLY_ID.decode(body).id
-        return None if found is None else check_id(found)
-    except (ValueError, RecursionError, RequestError):
-        return None

@@ -14,6 +14,7 @@ from inferfleet.datatypes import DATATYPES
 from inferfleet.errors import Code, RequestError
 from inferfleet.records import AnswerForm, Array, Signature, Tensors, TensorSpec
 from inferfleet.wire import tensors as checks
+from inferfleet.wire.headers import check_id
 from inferfleet.wire.tensors import clip
 
 Scalar = str | int | float | bool
@@ -298,3 +299,20 @@ def _decode_error(error: Exception) -> RequestError:
     if ".datatype" in text:
         return RequestError(Code.DTYPE, text)
     return RequestError(Code.SCHEMA, text)
+
+
+class _OnlyId(msgspec.Struct, gc=False):
+    id: str | None = None
+
+
+_ONLY_ID = msgspec.json.Decoder(_OnlyId)
+
+
+def find_id(body: bytes) -> str | None:
+    """Return the id of a body that was refused, where it can still be read."""
+    try:
+        checks.check_depth(body)
+        found = _ONLY_ID.decode(body).id
+        return None if found is None else check_id(found)
+    except (ValueError, RecursionError, RequestError):
+        return None
