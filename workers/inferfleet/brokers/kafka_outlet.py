@@ -1,4 +1,10 @@
-"""Publishing envelopes to Kafka: every record is confirmed or refused, by its delivery report."""
+"""Publishing envelopes to Kafka: every record is confirmed or refused.
+
+A delivery report for each record that went well costs as much as the record's headers. So there are two
+producers, the *hands*: one is filled while the other drains. Both report failures only; when a draining
+hand has nothing left in its queue, everything that was handed to it has been acknowledged or has failed by
+a report of its own, and its groups are settled at once. Then the hands change places.
+"""
 
 from __future__ import annotations
 
@@ -48,63 +54,43 @@ def producer_properties(
 
 
 class _Group:
-    """One published column set; its bound method is the delivery callback of all its records.
+    """One published column set; nothing smaller than the group can be settled."""
 
-    Reports are counted here and told to the receipt once, when the last one is in: nothing smaller than
-    the group can be settled.
-    """
-
-    __slots__ = ("envelopes", "failed", "left", "outlet", "receipt", "refused", "sent")
+    __slots__ = ("envelopes", "left", "outlet", "receipt", "refused", "sent")
 
     def __init__(self, envelopes: Envelopes, receipt: Receipt, outlet: KafkaOutlet) -> None:
         self.envelopes = envelopes
         self.receipt = receipt
         self.outlet = outlet
-        self.left = len(envelopes)
+        self.left = 1  # the hand that carries the group; then one for each record that is sent alone
         self.sent = 0
         self.refused: set[int] = set()
-        self.failed: list[tuple[bytes | None, bytes | None, KafkaError]] = []
-
-    def delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Count one delivery report; which record a failed one is about is found at the end."""
-        if error is not None:
-            self.failed.append((message.key(), message.value(), error))
-        self.left -= 1
-        if not self.left:
-            self.finish()
 
     def delivered_alone(self, index: int, error: KafkaError | None, message: Message) -> None:
-        """Count the report of record ``index``, which was sent in a batch of its own."""
+        """Hear of record ``index``, which was sent in a batch of its own."""
         del message
         if error is not None:
             self.refuse(index, error)
-        self.left -= 1
-        if not self.left:
-            self.finish()
-
-    def refused_at_once(self, index: int, error: KafkaError) -> None:
-        """The client itself does not take record ``index``."""
-        self.refuse(index, error)
-        self.left -= 1
-        if not self.left:
-            self.finish()
+        self.one_less()
 
     def refuse(self, index: int, error: KafkaError) -> None:
         """Record ``index`` was not accepted."""
         self.refused.add(index)
         self.receipt.refused(index, _refusal(error))
 
-    def finish(self) -> None:
-        """Every report is in: deal with the failed ones, then confirm the rest."""
-        failed, self.failed = self._failed_records(), []
-        self.left += 1  # this loop itself: a record that the client refuses at once must not finish the group
-        for index, error in failed.items():
+    def drained(self, failed: list[Failed]) -> None:
+        """The hand is empty: deal with the records that failed, then confirm the rest."""
+        for index, error in self._failed_records(failed).items():
             if error.code() in _TOO_LARGE:
                 # The broker refuses a batch as a whole, so this record may be a large one's neighbour.
                 self.left += 1
                 self.outlet.send_alone(self, index)
             else:
                 self.refuse(index, error)
+        self.one_less()
+
+    def one_less(self) -> None:
+        """One of the things that the group waits for has come."""
         self.left -= 1
         if self.left:
             return
@@ -113,30 +99,102 @@ class _Group:
         if count > len(self.refused):
             self.receipt.confirmed(count - len(self.refused))
 
-    def _failed_records(self) -> dict[int, KafkaError]:
+    def _failed_records(self, failed: list[Failed]) -> dict[int, KafkaError]:
         """Return the records that the failed reports are about.
 
-        A report carries key and value, no headers and no index. Where only some of several records with
-        equal key and value have failed, all of them count as failed: one too many repeats, none is lost.
+        A report carries topic, key and value, no headers and no index. Where only some of several records
+        with equal key and value have failed, all of them count as failed: one too many repeats, none is lost.
         """
-        if not self.failed:
+        topic, envelopes = self.envelopes.destination, self.envelopes
+        errors = {(key, value): error for where, key, value, error in failed if where == topic}
+        if not errors:
             return {}
-        envelopes = self.envelopes
-        places: dict[tuple[bytes | None, bytes | None], list[int]] = {}
-        for index, record in enumerate(zip(envelopes.keys, envelopes.values, strict=True)):
-            if index not in self.refused:
-                places.setdefault(record, []).append(index)
-        return {index: error for key, value, error in self.failed for index in places[key, value]}
+        return {
+            index: errors[record]
+            for index, record in enumerate(zip(envelopes.keys, envelopes.values, strict=True))
+            if index not in self.refused and record in errors
+        }
+
+
+Failed = tuple[str, bytes | None, bytes | None, KafkaError]
+"""Topic, key, value and error of a record that was not delivered."""
+
+
+class _Hand:
+    """A producer that reports failures only, and what was handed to it since it was last empty."""
+
+    def __init__(self, properties: Mapping[str, Any], problem: Callable[[KafkaError], None]) -> None:
+        self._properties = {
+            **properties,
+            "delivery.report.only.error": True,
+            "on_delivery": self._failed,
+            "error_cb": self._on_error,
+        }
+        self._problem = problem
+        self._fatal: str | None = None
+        self._failures: list[Failed] = []
+        self.groups: list[_Group] = []
+        self.producer = Producer(self._properties, logger=silent_logger())
+
+    def send(self, group: _Group) -> bool:
+        """Take what is left of ``group``; return whether the client's queue had room for all of it."""
+        envelopes = group.envelopes
+        topic, produce = envelopes.destination, self.producer.produce
+        keys, values, headers = envelopes.keys, envelopes.values, envelopes.headers
+        sent = group.sent
+        if not sent:
+            self.groups.append(group)
+        while sent < len(values):
+            at = sent
+            try:
+                for at in range(sent, len(values)):
+                    produce(topic, values[at], keys[at], -1, None, None, 0, headers[at])
+                sent = len(values)
+            except BufferError:
+                group.sent = at
+                return False
+            except KafkaException as error:
+                group.refuse(at, error.args[0])
+                sent = at + 1
+        group.sent = sent
+        return True
+
+    def poll(self, max_wait_s: float) -> None:
+        """Hear of failures; replace the producer when it can never send again."""
+        self.producer.poll(max_wait_s)
+        if self._fatal is not None:
+            log.error("producer_replaced", error=self._fatal)
+            self._fatal = None
+            self.producer.purge()
+            self.producer.flush(1.0)
+            self.producer = Producer(self._properties, logger=silent_logger())
+
+    def settle(self) -> None:
+        """Settle all groups if nothing of them is left in the client's queue."""
+        if self.groups and not len(self.producer):
+            groups, self.groups = self.groups, []
+            failures, self._failures = self._failures, []
+            for group in groups:
+                group.drained(failures)
+
+    def _failed(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failures.append((message.topic(), message.key(), message.value(), error))
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            self._fatal = error.str()
+        self._problem(error)
 
 
 class KafkaOutlet:
-    """Implements :class:`~inferfleet.ports.Outlet` on a confluent-kafka producer."""
+    """Implements :class:`~inferfleet.ports.Outlet` on confluent-kafka producers."""
 
     def __init__(self, properties: Mapping[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
         self._properties = {**properties, "error_cb": self._on_error}
         self._clock = clock
-        self._fatal: str | None = None
-        self._producer = Producer(self._properties, logger=silent_logger())
+        self._filling = _Hand(properties, self._on_error)
+        self._draining = _Hand(properties, self._on_error)
         self._alone: Producer | None = None
         self._pending = 0
         self._waiting: deque[_Group] = deque()
@@ -150,29 +208,8 @@ class KafkaOutlet:
         """Hand the records to the client; what its full queue refuses follows in later polls."""
         self._pending += len(envelopes)
         group = _Group(envelopes, receipt, self)
-        if self._waiting or not self._send(group):
+        if self._waiting or not self._filling.send(group):
             self._waiting.append(group)
-
-    def _send(self, group: _Group) -> bool:
-        """Hand over what is left of ``group``; return whether the client's queue took all of it."""
-        envelopes = group.envelopes
-        topic, produce, callback = envelopes.destination, self._producer.produce, group.delivered
-        keys, values, headers = envelopes.keys, envelopes.values, envelopes.headers
-        sent = group.sent
-        while sent < len(values):
-            at = sent
-            try:
-                for at in range(sent, len(values)):
-                    produce(topic, values[at], keys[at], -1, callback, None, 0, headers[at])
-                sent = len(values)
-            except BufferError:
-                group.sent = at
-                return False
-            except KafkaException as error:
-                group.refused_at_once(at, error.args[0])
-                sent = at + 1
-        group.sent = sent
-        return True
 
     def send_alone(self, group: _Group, index: int) -> None:
         """Send one record in a batch of its own, to learn whether the topic takes it."""
@@ -192,29 +229,23 @@ class KafkaOutlet:
         except BufferError:
             self._waiting_alone.append((group, index))
         except KafkaException as error:
-            group.refused_at_once(index, error.args[0])
+            group.refuse(index, error.args[0])
+            group.one_less()
 
     def poll(self, max_wait_s: float = 0.0) -> None:
-        """Serve delivery reports, then send what waits for room."""
-        self._producer.poll(max_wait_s)
+        """Settle what has been acknowledged, then send what waits for room."""
+        self._filling.poll(0)
+        self._draining.poll(max_wait_s)
         if self._alone is not None:
             self._alone.poll(0)
-        if self._fatal is not None:
-            self._rebuild()
-        while self._waiting and self._send(self._waiting[0]):
+        self._draining.settle()
+        while self._waiting and self._filling.send(self._waiting[0]):
             self._waiting.popleft()
+        # A group that is only half handed over keeps its hand, so that one hand answers for all of it.
+        if self._filling.groups and not self._draining.groups and not self._waiting:
+            self._filling, self._draining = self._draining, self._filling
         for _ in range(len(self._waiting_alone)):
             self.send_alone(*self._waiting_alone.popleft())
-
-    def _rebuild(self) -> None:
-        """Replace a producer that can never send again; its unsent records are refused with LATER."""
-        log.error("producer_replaced", error=self._fatal)
-        self._fatal = None
-        old = [producer for producer in (self._producer, self._alone) if producer is not None]
-        self._producer, self._alone = Producer(self._properties, logger=silent_logger()), None
-        for producer in old:
-            producer.purge()
-            producer.flush(1.0)
 
     def pending(self) -> int:
         """Return how many records are neither confirmed nor refused."""
@@ -228,8 +259,6 @@ class KafkaOutlet:
         return self._pending
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._fatal = error.str()
         text = error.str()
         if text != self.problem:
             log.warning("kafka_problem", error=text, code=error.name(), fatal=error.fatal())
