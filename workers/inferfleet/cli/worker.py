@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import structlog
 
 from inferfleet import __version__
 from inferfleet.cli.frame import Session
+from inferfleet.cli.slot import with_worker_id
 from inferfleet.config import Config, check_supported, kafka_client_config
 from inferfleet.errors import BrokerError, ConfigError
 from inferfleet.ports import BatchingWishes, LoadedModel, ResultOutlet
 from inferfleet.routes import RouteTable, load_routes
 from inferfleet.telemetry.logs import configure
 from inferfleet.telemetry.metrics import PrometheusMetrics
+
+if TYPE_CHECKING:
+    from inferfleet.worker.lifecycle import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -40,16 +46,19 @@ class RepositoryModels:
         self._repository = Repository(config.models_path, config.models.trusted)
         self._device = config.worker.device
         self._threads = config.worker.threads
+        self._wishes: dict[tuple[str, str], BatchingWishes] = {}
 
     def load(self, model: str, version: str) -> LoadedModel:
         """Verify, load, check and warm up."""
         from inferfleet.runtimes import registry
 
-        return registry.load(self._repository.fetch(model, version), self._device, self._threads)
+        found = self._repository.fetch(model, version)
+        self._wishes[model, version] = found.batching
+        return registry.load(found, self._device, self._threads)
 
     def wishes(self, model: str, version: str) -> BatchingWishes:
-        """Return the version's ``[batching]``."""
-        return self._repository.fetch(model, version).batching
+        """Return a loaded version's ``[batching]``; the worker loop asks, so no file is read."""
+        return self._wishes[model, version]
 
 
 @click.command()
@@ -65,10 +74,9 @@ def worker(session: Session, until_idle: float | None) -> None:
       inferfleet --config fleet.toml worker
       inferfleet worker --until-idle 10
     """
-    config = session.config
+    config = with_worker_id(session.config)
     check_supported(config)
-    secrets = [value for value in (config.redis.password, config.rabbitmq.password) if value]
-    configure(config.log.format, config.log.level, secrets=secrets)
+    configure(config.log.format, config.log.level, secrets=config.secrets)
     _limit_threads(config)
     table = _routes(config)
     _check_kafka(config, table)
@@ -130,7 +138,7 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
         read_routes=lambda: _routes(config),
     )
     running = Worker(config, adapters)
-    _on_signals(running)
+    _on_signals(running, config.worker.drain_timeout_s)
     with AdminServer(config.worker.admin_address, metrics.registry, running.health, running.status) as admin:
         log.info("worker_started", worker=config.worker_id, version=__version__, admin=admin.address)
         running.run(until_idle)
@@ -157,19 +165,35 @@ def _results(
     )
 
 
-def _on_signals(running: object) -> None:
-    asked = False
+def _on_signals(running: Worker, drain_timeout_s: float) -> None:
+    """Stop on the first SIGTERM or SIGINT; end the process on a second one, or when the drain takes too long.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
-        running.stop()  # type: ignore[attr-defined]
+    The loop's thread may sit in a call to a broker that does not answer, so signals are heard on a thread of
+    their own. Ending without the rest is safe: what has no confirmed outcome is taken again.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _heard)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    def obey(keep: socket.socket = told) -> None:
+        del keep
+        heard.recv(1)
+        running.stop()
+        heard.settimeout(drain_timeout_s)
+        try:
+            (number,) = heard.recv(1)
+        except TimeoutError:
+            log.warning("drain_cut_short", drain_timeout_s=drain_timeout_s)
+            os._exit(0)
+        os._exit(128 + number)
+
+    threading.Thread(target=obey, name="signals", daemon=True).start()
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """Take the place of the default action; the wake-up socket has the number already."""
 
 
 def _check_kafka(config: Config, table: RouteTable) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import xxhash
 
 from inferfleet.errors import RULES, Code
 from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
@@ -28,6 +27,7 @@ from inferfleet.records import (
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.wire import headers as names
 from inferfleet.wire.encode import STATUS_OK, error_body, error_headers, ok_headers
+from inferfleet.wire.stored import payload_hash
 from inferfleet.worker.deadletter import dead_letter_headers, default_id
 from inferfleet.worker.parking import Parking
 from inferfleet.worker.plan import RoutePlan, VariantPlan
@@ -229,8 +229,7 @@ class Delivery:
             return
         plan = settling.plan
         values = settling.chunk.values
-        digest = xxhash.xxh3_128_hexdigest
-        hashes: list[str] = [digest(values[row] or b"") for row in rows]
+        hashes: list[str] = [payload_hash(values[row] or b"") for row in rows]
         only = reply_only or not plan.redis
         results = Results(plan.name, ids, bodies, ok, hashes, replies, plan.ttl_s, only)
         self._results.publish(results, ResultReceipt(settling, results, rows))
