@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferfleet.records import Headers, TensorSpec
+from inferfleet.records import Headers, Stream, TensorSpec
 from inferfleet.wire.decode import Decoder
 from tests.support.builders import (
     NOW_MS,
@@ -222,6 +222,14 @@ def test_b7_without_an_id_the_position_is_the_id() -> None:
     null = plain[:-1] + b',"id":null}'
     decoded = decoder(FLOATS).decode(chunk([plain, null]))
     assert decoded.requests[0].ids == ["digits.requests-3-100", "digits.requests-3-101"]
+
+
+def test_b7_a_position_is_a_fine_id_however_long_the_topics_name() -> None:
+    """Topics may have 249 characters; their requests need no id for that."""
+    made = chunk([v2([1, 2, 3, 4], [1, 4]), b"bad"], stream=Stream("t" * 249, 0))
+    decoded = decoder(FLOATS).decode(made)
+    assert codes(decoded) == {1: "E_DECODE"}
+    assert decoded.requests[0].ids == ["t" * 249 + "-0-100"]
 
 
 def test_b7_an_id_of_exactly_128_bytes_with_a_colon_is_fine() -> None:
