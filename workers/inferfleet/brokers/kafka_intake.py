@@ -18,6 +18,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from inferfleet.brokers.kafka_problems import Problems
 from inferfleet.ports import IntakeListener
 from inferfleet.records import Chunk, Headers, Stream
 
@@ -97,7 +98,7 @@ class KafkaIntake:
         self._peak_bytes = 1
         self._was_assigned = False
         self._closed = False
-        self.problem: str | None = None
+        self._problems = Problems(clock)
         self._denied: str | None = None
 
     def __repr__(self) -> str:
@@ -159,7 +160,7 @@ class KafkaIntake:
             self._peak_bytes = max(chunk.size_bytes // len(chunk) * 2, int(self._peak_bytes * 0.9), 1)
             chunks.append(chunk)
         if chunks:
-            self.problem = None
+            self._problems.over()
         return chunks
 
     def settle(self, positions: Mapping[Stream, int]) -> None:
@@ -320,12 +321,10 @@ class KafkaIntake:
         self._problem(error)
 
     def _problem(self, error: KafkaError) -> None:
-        text = error.str()
         if error.code() in _DENIED:
-            self._denied = f"kafka refuses group {self._options.group}: {text} ({error.name()})"
-        if text != self.problem:
-            log.warning("kafka_problem", error=text, code=error.name(), fatal=error.fatal())
-            self.problem = text
+            said = f"{error.str()} ({error.name()})"
+            self._denied = f"kafka refuses group {self._options.group}: {said}"
+        self._problems.tell(error)
 
 
 def _generation(consumer: Consumer) -> int:
