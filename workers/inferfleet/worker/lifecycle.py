@@ -77,6 +77,7 @@ class Worker:
         self._next_table: RouteTable | None = None
         self._serving = False
         self._refused_revision = ""
+        self._oldest_ms: int | None = None
         delivery = Delivery(
             adapters.outlet,
             adapters.results,
@@ -183,6 +184,7 @@ class Worker:
             if now - gauges_at >= GAUGES_EVERY_S:
                 gauges_at = now
                 self.loop.gauges()
+                self._oldest_ms = self.loop.ledger.oldest_timestamp_ms()
                 self._retire()
                 self._greet()
             if now - routes_at >= ROUTES_EVERY_S:
@@ -215,6 +217,7 @@ class Worker:
             table = self._to.read_routes()
             if table.revision == self._table.revision:
                 self._refused_revision = ""
+                self._next_table = None  # taken back while its versions were loading
                 return
             if table.revision == self._refused_revision:
                 return
@@ -263,7 +266,7 @@ class Worker:
     def _end(self) -> int:
         """Drain, leave, close; return how many records were given back."""
         timeout_s = self._config.worker.drain_timeout_s
-        until = self._clock.monotonic() + timeout_s
+        until = self._clock.monotonic() + timeout_s * 0.95
         log.info("draining", open=self.loop.open)
         unfinished = self.loop.drain(timeout_s - min(LEAVE_S, timeout_s / 2))
         self._to.intake.close()
@@ -300,7 +303,7 @@ class Worker:
         assignment: dict[str, list[int]] = {}
         for stream in self._streams():
             assignment.setdefault(stream.source, []).append(stream.partition)
-        oldest = self.loop.ledger.oldest_timestamp_ms()
+        oldest = self._oldest_ms  # as of the last look: the ledger itself changes under this thread's hands
         health = self.health()
         return WorkerStatus(
             worker=self._config.worker_id,
