@@ -13,8 +13,8 @@ A trusted version with ``runtime = "python"`` and ``file = "model.py"`` holds::
 ``cpu``, ``cuda``, ``cuda:N``): the handler decides what ``auto`` means. ``tensors`` map input names to arrays
 whose first dimension is rows; each output must have as many rows, in the same order. A handler must not write
 to its inputs: they may be shared with the requests. An error whose attribute ``retryable`` is true, a
-TimeoutError and an OSError mean that trying again later can help. Modules beside the handler are found as
-:mod:`.code` says.
+TimeoutError and an OSError mean that trying again later can help; a MemoryError, that fewer rows may fit.
+Modules beside the handler are found as :mod:`.code` says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from inferfleet.errors import ModelLoadError
+from inferfleet.errors import DeviceOutOfMemoryError, ModelLoadError
 from inferfleet.ports import ModelVersion
 from inferfleet.records import Signature, Tensors
 from inferfleet.runtimes import selfcheck
@@ -34,6 +34,7 @@ from inferfleet.runtimes.loading import (
     parameters,
     refusal,
     require_trust,
+    said,
     translated,
 )
 
@@ -76,16 +77,20 @@ class PythonModel:
         self._predict: Callable[[Any], Mapping[str, Any]] = handler.predict
         self._specs = {spec.name: spec for spec in signature.outputs}
 
-    def run(self, tensors: Tensors, rows: int) -> Tensors:  # noqa: ARG002
+    def run(self, tensors: Tensors, rows: int) -> Tensors:
         """Run the handler; lists become arrays of the declared datatype, arrays stay as they are.
 
-        Whatever the handler raises comes out as it is.
+        A lack of memory becomes DeviceOutOfMemoryError; whatever else the handler raises comes out as it is.
         """
         try:
             outputs = self._predict(tensors if self._prepare is None else self._prepare(tensors))
         except SystemExit as error:
             # It would end the device's thread without a word.
             raise RuntimeError(f"the handler called exit({error.code!r})") from error
+        except Exception as error:
+            if not _lacks_memory(error):
+                raise
+            raise DeviceOutOfMemoryError(f"no memory for a batch of {rows} rows: {said(error)}") from error
         if not isinstance(outputs, Mapping):
             raise TypeError(f"predict returned a {type(outputs).__name__}, must be a dict of arrays")
         return {name: as_array(value, self._specs.get(name)) for name, value in outputs.items()}
@@ -98,6 +103,11 @@ class PythonModel:
         self._code.close()
         if hasattr(handler, "close"):
             handler.close()
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether a smaller batch may fit; torch's error is no MemoryError, and torch may not be installed."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _closed(_: Any) -> Mapping[str, Any]:
