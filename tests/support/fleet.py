@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from click.testing import CliRunner
+
+from inferfleet.cli import cli
 from inferfleet.models.repository import Repository
 from inferfleet.testing.checksum import write_checksum_model
 from tests.support.process import ServerProcess
@@ -297,10 +300,13 @@ class Fleet:
 
     def create_topics(self) -> None:
         """Create exactly what ``topics plan`` names, as the broker's administrator."""
+        planned: dict[str, int] = {}
         for route, partitions in self.partitions.items():
             arguments = ["topics", "plan", route, "--json", "--partitions", str(partitions)]
-            planned = json.loads(self.run(*arguments).stdout)["topics"]
-            self.kafka.create_topics({each["name"]: each["partitions"] for each in planned})
+            result = CliRunner().invoke(cli, ["--config", str(self.config), *arguments])
+            assert result.exit_code == 0, result.output
+            planned |= {each["name"]: each["partitions"] for each in json.loads(result.stdout)["topics"]}
+        self.kafka.create_topics(planned)
 
     def prepare(self) -> Fleet:
         """Write the files and create the topics."""
