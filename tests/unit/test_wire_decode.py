@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from inferfleet.datatypes import DATATYPES
 from inferfleet.records import BINARY_ANSWER, JSON_ANSWER, AnswerForm, Headers, TensorSpec
 from inferfleet.wire.decode import Decoded, Decoder
+from inferfleet.wire.request import RequestReader
 from tests.support.builders import (
     as_wire,
     binary,
@@ -409,3 +410,26 @@ def test_columns_of_a_model_with_an_input_called_id() -> None:
     assert part.tensors["id"].tolist() == [[b"a b"]]
     assert decoded.rejected is not None
     assert decoded.rejected.ids == [None]
+
+
+def test_a_fault_of_our_own_is_kept_to_the_record_that_brings_it_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reader that breaks on one body gives that one E_INTERNAL; its neighbours are read as ever."""
+    whole = RequestReader.json
+
+    def breaks(self: RequestReader, body: bytes) -> Any:
+        if b'"id":"bad"' in body:
+            raise ZeroDivisionError
+        return whole(self, body)
+
+    monkeypatch.setattr(RequestReader, "json", breaks)
+    sig = signature(TensorSpec("x", "FP32", (-1,)))
+    bodies = [
+        b'{"id":"%b","inputs":[{"name":"x","shape":[1,1],"datatype":"FP32","data":[1]}]}' % name
+        for name in (b"a", b"bad", b"c")
+    ]
+    decoded = decoder(sig).decode(chunk(bodies))
+
+    assert codes(decoded) == {1: "E_INTERNAL"}
+    assert [(part.rows, part.ids) for part in decoded.requests] == [([0], ["a"]), ([2], ["c"])]

@@ -25,6 +25,7 @@ from inferfleet.records import (
 from inferfleet.results.memory import MemoryResults
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
+from inferfleet.wire.encode import AnswerWriter
 from inferfleet.wire.stored import payload_hash, payload_of
 from inferfleet.worker.delivery import Delivery, Settling
 from inferfleet.worker.plan import RoutePlan
@@ -521,3 +522,24 @@ def test_a_failed_request_with_a_reused_id_has_one_error_and_one_dead_letter() -
     assert [json.loads(reply.body)["code"] for reply in bench.store.replies["me"]] == ["E_SHAPE"]
     assert b"outputs" in bench.store.results["digits", "id-100"].body
     assert bench.rows == [0, 0]
+
+
+def test_an_answer_that_cannot_be_written_is_kept_from_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A writer that breaks on one answer gives that one E_INTERNAL and a dead letter."""
+    whole = AnswerWriter.json_bodies
+
+    def breaks(self: AnswerWriter, answer: Answer, outputs: Sequence[str] | None = None) -> list[bytes]:
+        if 1 in answer.part.rows:
+            raise ZeroDivisionError
+        return whole(self, answer, outputs)
+
+    monkeypatch.setattr(AnswerWriter, "json_bodies", breaks)
+    bench = Bench()
+    bench.answer(bench.part())
+    bench.finish()
+
+    assert bench.rows == [0, 1, 2]
+    assert bench.outcomes == {"ok": 2, "E_INTERNAL": 1}
+    assert len(bench.outlet.to(DLT)) == 1

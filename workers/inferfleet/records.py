@@ -99,6 +99,19 @@ class Chunk:
         source, partition = self.stream
         return f"Chunk({source}[{partition}]@{self.positions[0]}..{self.positions[-1]}, open={self.open})"
 
+    def alone(self, row: int) -> Chunk:
+        """Return a chunk of just this record, for reading it apart from its neighbours."""
+        return Chunk(
+            self.stream,
+            self.epoch,
+            [self.positions[row]],
+            [self.keys[row]],
+            [self.values[row]],
+            [self.headers[row]],
+            [self.timestamps_ms[row]],
+            self.taken_at,
+        )
+
     def settle(self, rows: Sequence[int]) -> int:
         """Mark ``rows`` as settled and return how many of them were open until now."""
         settled = self.settled

@@ -29,58 +29,9 @@ from inferfleet.records import (
     Tensors,
 )
 from inferfleet.wire import headers as names
+from inferfleet.wire import usual
 from inferfleet.wire.headers import PLAIN, ChunkMeta, Meta, check_id, ids_are_plain, read_headers
 from inferfleet.wire.request import Limits, Parsed, RequestReader, find_id
-
-_FORMATS = {
-    "BOOL": "?",
-    "INT8": "b",
-    "INT16": "h",
-    "INT32": "i",
-    "INT64": "q",
-    "UINT8": "B",
-    "UINT16": "H",
-    "UINT32": "I",
-    "UINT64": "Q",
-    "FP32": "f",
-    "FP64": "d",
-}
-
-
-class _FloatTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[float]
-
-
-class _IntegerTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[int]
-
-
-class _BoolTensor(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[bool]
-
-
-class _FloatRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    inputs: list[_FloatTensor]
-    id: str | None = None
-
-
-class _IntegerRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    inputs: list[_IntegerTensor]
-    id: str | None = None
-
-
-class _BoolRequest(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    inputs: list[_BoolTensor]
-    id: str | None = None
 
 
 class _Group(NamedTuple):
@@ -138,7 +89,7 @@ class Decoder:
         if len(signature.inputs) != 1:
             return
         spec = signature.inputs[0]
-        if spec.datatype not in _FORMATS or -1 in spec.shape:
+        if spec.datatype not in usual.FORMATS or -1 in spec.shape:
             return
         datatype = DATATYPES[spec.datatype]
         self._name, self._datatype = spec.name, spec.datatype
@@ -146,15 +97,38 @@ class Decoder:
         self._count = math.prod(spec.shape)
         self._dtype = datatype.numpy
         self._width = self._count * (datatype.width or 0)
-        self._pack = struct.Struct(f"<{self._count}{_FORMATS[spec.datatype]}").pack
-        kind: Any = (
-            _FloatRequest if datatype.is_float else _IntegerRequest if datatype.is_int else _BoolRequest
-        )
+        self._pack = struct.Struct(f"<{self._count}{usual.FORMATS[spec.datatype]}").pack
         if not self._columns:
-            self._decode_fast = msgspec.json.Decoder(kind).decode
+            self._decode_fast = msgspec.json.Decoder(usual.request_type(spec.datatype)).decode
 
     def decode(self, chunk: Chunk) -> Decoded:
-        """Return the requests of ``chunk`` and its rejected rows. Never raises for what a record holds."""
+        """Return the requests of ``chunk`` and its rejected rows. Never raises for what a record holds.
+
+        A fault of our own is kept to the record that brings it out: that one gets ``E_INTERNAL``.
+        """
+        try:
+            return self._decode(chunk)
+        except Exception:
+            return self._decode_singly(chunk)
+
+    def _decode_singly(self, chunk: Chunk) -> Decoded:
+        requests: list[Requests] = []
+        failures: list[Failures] = []
+        for row in range(len(chunk)):
+            alone = chunk.alone(row)
+            try:
+                decoded = self._decode(alone)
+            except Exception as error:
+                text = f"inferfleet could not read this request ({type(error).__name__})"
+                decoded = Decoded([], Failures(alone, [0], [None], [Code.INTERNAL], [text], [None], [None]))
+            for part in decoded.requests:
+                part.chunk, part.rows = chunk, [row]
+                requests.append(part)
+            if decoded.rejected is not None:
+                failures.append(decoded.rejected._replace(chunk=chunk, rows=[row]))
+        return Decoded(requests, _joined(failures))
+
+    def _decode(self, chunk: Chunk) -> Decoded:
         rejects = _Rejects()
         meta = read_headers(chunk.headers)
         for row, error in meta.rejected.items():
@@ -407,6 +381,21 @@ class Decoder:
             [found.reply for found in metas],
             [found.trace for found in metas],
         )
+
+
+def _joined(failures: list[Failures]) -> Failures | None:
+    """Return failures of one chunk as one column set."""
+    if not failures:
+        return None
+    return Failures(
+        failures[0].chunk,
+        [row for each in failures for row in each.rows],
+        [request_id for each in failures for request_id in each.ids],
+        [code for each in failures for code in each.codes],
+        [text for each in failures for text in each.texts],
+        [reply for each in failures for reply in each.replies],
+        [trace for each in failures for trace in each.traces],
+    )
 
 
 def _fill(made: Requests, metas: list[Meta]) -> None:

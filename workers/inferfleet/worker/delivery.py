@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import structlog
 
 from inferfleet.errors import RULES, Code
 from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
@@ -34,6 +35,8 @@ from inferfleet.worker.plan import RoutePlan, VariantPlan
 from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt, Settling
 
 __all__ = ["Delivery", "Settling"]
+
+log = structlog.get_logger(__name__)
 
 
 class Delivery:
@@ -93,12 +96,11 @@ class Delivery:
 
     def _publish_answers(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
         part = answer.part
-        binary = part.form.binary
-        lengths: list[bytes] | None = None
-        if binary and plan.topics:
-            bodies, lengths = variant.writer.binary_bodies(answer)
-        else:
-            bodies = variant.writer.json_bodies(answer)
+        try:
+            bodies, lengths, stored = self._written(plan, variant, answer)
+        except Exception as error:
+            self._answer_singly(plan, variant, answer, error)
+            return
         if max(map(len, bodies)) > self._max_result_bytes:
             self._split_oversize(plan, variant, answer, bodies)
             return
@@ -111,10 +113,33 @@ class Delivery:
             for topic in plan.topics:
                 envelopes = Envelopes(topic, keys, bodies, headers)
                 self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, part.rows))
-        if self._results is not None and (plan.redis or part.replies is not None):
-            stored = variant.writer.json_bodies(answer) if lengths is not None else bodies
+        if stored is not None:
             self._store(settling, part.rows, part.ids, stored, [True] * len(part), part.replies)
         settling.close()
+
+    def _written(
+        self, plan: RoutePlan, variant: VariantPlan, answer: Answer
+    ) -> tuple[list[bytes], list[bytes] | None, list[bytes] | None]:
+        """Return the bodies for topics, their JSON lengths if binary, and the bodies for the result store."""
+        lengths: list[bytes] | None = None
+        if answer.part.form.binary and plan.topics:
+            bodies, lengths = variant.writer.binary_bodies(answer)
+        else:
+            bodies = variant.writer.json_bodies(answer)
+        if self._results is None or not (plan.redis or answer.part.replies is not None):
+            return bodies, lengths, None
+        return bodies, lengths, bodies if lengths is None else variant.writer.json_bodies(answer)
+
+    def _answer_singly(self, plan: RoutePlan, variant: VariantPlan, answer: Answer, error: Exception) -> None:
+        """An answer could not be written, which is a fault of ours: keep it from its neighbours."""
+        part = answer.part
+        if len(part) > 1:
+            for index in range(len(part)):
+                self._publish_answers(plan, variant, _pick(answer, [index]))
+            return
+        log.error("answer_not_written", route=plan.name, error=type(error).__name__, exc_info=error)
+        text = f"inferfleet could not write the answer ({type(error).__name__})"
+        self.fail(plan, _failures(part, [0], [(Code.INTERNAL, text)]))
 
     def _split_oversize(
         self, plan: RoutePlan, variant: VariantPlan, answer: Answer, bodies: list[bytes]

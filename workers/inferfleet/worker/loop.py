@@ -76,6 +76,7 @@ class WorkerLoop:
         self._engines: list[Engine] = []
         self._charged: dict[Chunk, tuple[str, int, int]] = {}
         self._paused: set[str] = set()
+        self._dropped: set[str] = set()
         self._full_since: float | None = None
         self._committed_at = 0.0
         self._draining = False
@@ -86,12 +87,25 @@ class WorkerLoop:
 
     def use(self, plans: Collection[RoutePlan]) -> None:
         """Serve these routes from now on; what is under way ends as it began."""
+        self._follow_sources({plan.source for plan in plans})
         self._plans = {plan.source: plan for plan in plans}
         for plan in plans:
             for variant in plan.variants:
                 self._by_served[variant.served] = (plan, variant)
         self.admission.routes([plan.name for plan in plans])
         self._intake.subscribe(sorted(self._plans), self)
+
+    def _follow_sources(self, sources: set[str]) -> None:
+        """Pause what is served no longer: it is still assigned until the group has heard of it.
+
+        Nobody would answer a record taken meanwhile, and if its route came back before the revoke, later
+        records would be settled past it.
+        """
+        dropped, back = set(self._plans) - sources, self._dropped & sources
+        if dropped:
+            self._intake.pause(dropped)
+        self._dropped = (self._dropped | dropped) - back
+        self._paused = (self._paused - dropped) | back
 
     def watch(self, engine: Engine) -> None:
         """Look after an engine: its batches and its news."""
@@ -160,10 +174,13 @@ class WorkerLoop:
         if result.lane_limit is not None:
             self.batcher.limit(lane.model, lane.version, result.lane_limit)
         self._metrics.batch(lane.model, lane.version, lane.role, result.batch.rows, result.seconds)
+        started = self._clock.monotonic()
         for answer in result.answers:
             self._delivery.answer(*self._served(answer.part), answer)
         for failure in result.failures:
             self._delivery.row_failures(self._served(failure.part)[0], [failure])
+        self._metrics.stage("predict", result.seconds)
+        self._metrics.stage("write", self._clock.monotonic() - started)
         # Between batches, so that the client's reports do not pile up behind a long queue of news.
         self._outlet.poll()
         self._dispatch()
@@ -225,7 +242,8 @@ class WorkerLoop:
     def _read(self, chunk: Chunk) -> None:
         """Decode, steer and queue one chunk."""
         plan = self._plans.get(chunk.stream.source)
-        if plan is None:  # its route was removed; the assignment follows in a moment
+        if plan is None:  # a record that nobody here can answer stays open: somebody else takes it
+            self.ledger.began(chunk)
             return
         now = self._clock.monotonic()
         self.ledger.began(chunk)
@@ -242,6 +260,7 @@ class WorkerLoop:
         self.admission.took(plan.name, rows, chunk.size_bytes)
         if decoded.rejected is not None:
             self._delivery.fail(plan, decoded.rejected)
+        self._metrics.stage("read", self._clock.monotonic() - now)
 
     def _hold(self, now: float) -> None:
         """Decide which routes must not take because something of their own is away."""
