@@ -18,6 +18,7 @@ from inferfleet.errors import RULES, Code
 from inferfleet.records import Stream
 from inferfleet.results.memory import Reply, Stored
 from inferfleet.testing.checksum import expected_checksum
+from inferfleet.wire.stored import is_error
 from tests.simulation.traffic import Request
 
 Place = tuple[Stream, int]
@@ -65,6 +66,8 @@ class Audit:
         self._read: dict[Stream, int] = {}
         self._committed: dict[Stream, int] = {}
         self._standing: dict[tuple[str, str], bytes] = {}
+        self.seen: Counter[str] = Counter()
+        """What has happened at all: a run without faults proves little."""
 
     def sent(self, request: Request, stream: Stream, offset: int) -> None:
         """Remember an input record, and where it stands."""
@@ -106,12 +109,14 @@ class Audit:
         found = self.outcomes[request.id]
         if headers["inferfleet-status"] == b"ok":
             found.answers += 1
+            self.seen["answer"] += 1
             self._judge_answer(request, record.value or b"", headers)
             if None not in request.expected:
                 raise ViolationError(f"I12: {request.id} is answered; {_codes(request)} expected")
         else:
             code = (headers["inferfleet-code"] or b"").decode()
             found.errors[code] += 1
+            self.seen[code] += 1
             body = json.loads(record.value or b"")
             if (body["id"], body["code"]) != (request.id, code):
                 raise ViolationError(f"I3: the error of {request.id} says {body}")
@@ -119,6 +124,7 @@ class Audit:
                 raise ViolationError(
                     f"I12: {request.id} ends as {code} ({body['error']}); {_codes(request)} expected"
                 )
+        self.seen["repeated outcome"] += found.told > 1
         if found.told > 1 + self.repeats[request.stream, request.offset]:
             raise ViolationError(
                 f"I2: {request.id} has outcome number {found.told} without having been in flight"
@@ -170,11 +176,17 @@ class Audit:
 
     def _judge_store(self) -> None:
         for route, store in self._stores.items():
-            for key in store.keys() - self._standing.keys():
+            for key, (body, _) in store.items():
+                before = self._standing.get(key)
+                if body is before:
+                    continue
+                if before is not None and not is_error(before):
+                    raise ViolationError(
+                        f"I2: the stored answer of {key} has changed: {before!r} to {body!r}"
+                    )
                 request = self._request(key[1], route)
-                body = store[key].body
                 self._standing[key] = body
-                if body.startswith(b'{"error"'):
+                if is_error(body):
                     if request.expected == {None}:
                         raise ViolationError(f"I12: the store holds an error for {request.id}: {body!r}")
                 elif request.rows:
@@ -200,6 +212,7 @@ class Audit:
                     raise ViolationError(
                         f"I5: {stream} is committed to {position}; {request.id} lacks {missing}"
                     )
+            self.seen["commit"] += position > before
             self._committed[stream] = position
 
     def missing(self, request: Request) -> str:

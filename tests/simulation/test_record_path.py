@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,23 @@ import pytest
 from tests.simulation.world import World
 
 SEEDS = 150
+MUST_HAPPEN = (
+    "answer",
+    "repeated outcome",
+    "commit",
+    "commit refused",
+    "assigned",
+    "revoked",
+    "lost",
+    "route held",
+    "full",
+    "E_MODEL",
+    "E_DEADLINE",
+    "E_DECODE",
+    "E_EMPTY",
+    "E_SHAPE",
+    "E_RESULT_TOO_LARGE",
+)
 KEPT = Path(__file__).with_name("seeds.txt")
 
 
@@ -27,3 +45,15 @@ def _seeds() -> list[int]:
 def test_every_schedule_keeps_the_promises(seed: int) -> None:
     """No invariant is broken at any step, and when all is mended everything comes to rest."""
     World(seed).run()
+
+
+@pytest.mark.usefixtures("silent_logs")
+def test_the_faults_bite() -> None:
+    """Over a few seeds everything happens that the promises are about; else they would prove little."""
+    seen: Counter[str] = Counter()
+    for seed in range(30):
+        world = World(seed)
+        world.run()
+        seen += world.seen
+    rare = {what for what in MUST_HAPPEN if seen[what] < 5}
+    assert not rare, seen

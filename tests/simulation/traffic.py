@@ -105,7 +105,7 @@ def _too_late(rng: random.Random, request_id: str, now_ms: int) -> Made:
 
 
 def _garbage(rng: random.Random, request_id: str, now_ms: int) -> Made:
-    return rng.randbytes(rng.randrange(1, 30)) + b"}", _named(request_id), frozenset([Code.DECODE]), []
+    return b"{\xff" + rng.randbytes(rng.randrange(30)), _named(request_id), frozenset([Code.DECODE]), []
 
 
 def _tombstone(rng: random.Random, request_id: str, now_ms: int) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import msgspec
@@ -40,6 +41,7 @@ class WatchedIntake(MemoryIntake):
 
     def __init__(self, broker: MemoryBroker, group: str, let_go: Callable[[Stream, int], None]) -> None:
         super().__init__(broker, group)
+        self.seen: Counter[str] = Counter()
         self.taken: dict[Stream, list[Chunk]] = {}
         self._let_go = let_go
 
@@ -101,17 +103,21 @@ class _Witness:
         self._intake = intake
 
     def assigned(self, streams: Collection[Stream]) -> None:
+        self._intake.seen["assigned"] += 1
         self._loop.assigned(streams)
 
     def revoked(self, streams: Collection[Stream], grace_s: float) -> Mapping[Stream, int]:
+        self._intake.seen["revoked"] += 1
         positions = self._loop.revoked(streams, grace_s)
         self._intake.promised(streams, positions)
         return positions
 
     def lost(self, streams: Collection[Stream]) -> None:
+        self._intake.seen["lost"] += 1
         self._loop.lost(streams)
 
     def settle_refused(self, streams: Collection[Stream]) -> None:
+        self._intake.seen["commit refused"] += 1
         self._loop.settle_refused(streams)
 
 

@@ -113,6 +113,7 @@ class World:
         self._sent = 0
         self._store_away = False
         self._refusing: set[str] = set()
+        self.seen = self.audit.seen
         self.done: deque[str] = deque(maxlen=LAST_STEPS_SHOWN)
         self._mend_topics()
         self._actions = self._choose_actions()
@@ -138,6 +139,7 @@ class World:
             (self.stumble, 4),
             (self.change_routes, 2),
             (self.leave_gaps, 3),
+            (self.send_coordinator_away, 3),
         ]
         return usual + [fault for fault in faults if self.rng.random() < 0.45]
 
@@ -166,9 +168,13 @@ class World:
     def check(self) -> None:
         """Judge the logs, the store, the group, and every worker."""
         self.audit.look()
-        self.broker.group(self.config.group).owners()
+        for stream, owners in self.broker.group(self.config.group).owners().items():
+            if len(owners) > 1:
+                raise ViolationError(f"broker: {stream} has {len(owners)} owners")
         for worker in self.workers:
             worker.check()
+            self.seen["route held"] += bool(worker.loop.held)
+            self.seen["full"] += worker.loop.admission.full
 
     # The usual
 
@@ -243,6 +249,12 @@ class World:
         group.refuses_commits = not group.refuses_commits
         return f"commits are refused: {group.refuses_commits}"
 
+    def send_coordinator_away(self) -> str:
+        """Let the group's coordinator go away, or come back: meanwhile no assignment changes."""
+        group = self.broker.group(self.config.group)
+        group.away = not group.away
+        return f"the coordinator is away: {group.away}"
+
     def refuse_topic(self) -> str:
         """Begin or end refusing at a result or dead-letter topic."""
         topic = self.rng.choice([*RESULTS.values(), *self._dead_letters])
@@ -293,7 +305,8 @@ class World:
 
     def mend(self) -> str:
         """End every fault; start a worker if there is none."""
-        self.broker.group(self.config.group).refuses_commits = False
+        group = self.broker.group(self.config.group)
+        group.refuses_commits = group.away = False
         self._refusing.clear()
         self._mend_topics()
         self._set_store(away=False)
@@ -353,6 +366,7 @@ class World:
             self.audit.may_repeat,
         )
         worker.news.wait = self._pass_time
+        worker.intake.seen = self.seen
         worker.use(self._table)
         self.workers.append(worker)
         return f"{worker.name} joins"

@@ -43,6 +43,8 @@ class Group:
         self.refuses_commits = False
         self.denied: str | None = None
         """Why nobody may join or take any longer; ``None`` while everybody may."""
+        self.away = False
+        """While the coordinator is away the assignment stays as it is: nobody joins or is expelled."""
         self._partitions = partitions
         self._now = now
         self._session_timeout_s = session_timeout_s
@@ -58,8 +60,8 @@ class Group:
         return member in self._members
 
     def join(self, member: Member, sources: Collection[str]) -> None:
-        """Become a member, or change what one subscribes to."""
-        if member in self._members and member.sources == frozenset(sources):
+        """Become a member, or change what one subscribes to; nothing happens while the group is away."""
+        if self.away or (member in self._members and member.sources == frozenset(sources)):
             return
         member.sources = frozenset(sources)
         if member not in self._members:
@@ -89,6 +91,8 @@ class Group:
 
     def tick(self) -> None:
         """Expel those whose session has timed out."""
+        if self.away:
+            return
         now = self._now()
         for member in [m for m in self._members if m.vanished_at is not None]:
             if member.vanished_at is not None and now - member.vanished_at >= self._session_timeout_s:
@@ -98,6 +102,8 @@ class Group:
 
     def to_give_up(self, member: Member) -> list[Stream]:
         """Return what the member owns and must give up."""
+        if self.away:
+            return []
         return sorted(stream for stream in member.owned if self._target.get(stream) is not member)
 
     def give_up(self, member: Member, streams: Collection[Stream]) -> None:
@@ -106,6 +112,8 @@ class Group:
 
     def claim(self, member: Member) -> list[Stream]:
         """Return the free streams that fall to the member; they are its own from now on."""
+        if self.away:
+            return []
         held = {stream for other in self._members for stream in other.owned}
         gained = sorted(
             stream for stream, owner in self._target.items() if owner is member and stream not in held
@@ -113,14 +121,12 @@ class Group:
         member.owned.update(gained)
         return gained
 
-    def owners(self) -> dict[Stream, Member]:
-        """Return who owns what right now; raises AssertionError if two members own the same."""
-        owners: dict[Stream, Member] = {}
+    def owners(self) -> dict[Stream, list[Member]]:
+        """Return who owns what right now: one member each, or a rule of this group is broken."""
+        owners: dict[Stream, list[Member]] = {}
         for member in self._members:
             for stream in member.owned:
-                if stream in owners:
-                    raise AssertionError(f"{stream} has two owners in {self}")
-                owners[stream] = member
+                owners.setdefault(stream, []).append(member)
         return owners
 
     def _rebalance(self) -> None:
