@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inferfleet.errors import Code, RequestError
-from inferfleet.records import Headers
+from inferfleet.records import Header, Headers
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32_768
@@ -117,7 +117,7 @@ def read_headers(headers: list[Headers]) -> ChunkMeta:
             metas.append(last_meta)
         else:
             try:
-                last_meta = _read(record)
+                last_meta = _read_like(record, last, last_meta)
                 last = record
                 metas.append(last_meta)
             except RequestError as error:
@@ -126,7 +126,16 @@ def read_headers(headers: list[Headers]) -> ChunkMeta:
     return ChunkMeta(metas, rejected)
 
 
-def _read(record: list[tuple[str, bytes | None]]) -> Meta:
+def _read_like(record: list[Header], last: Headers, last_meta: Meta) -> Meta:
+    """Read a record's headers; where only a leading id differs from the record before, only that is read."""
+    if last and record and record[0][0] == last[0][0] == ID and record[1:] == last[1:]:
+        value = record[0][1]
+        if value is not None and len(value) <= MAX_ID_BYTES:
+            return Meta(_id({ID: value}), *last_meta[1:])
+    return _read(record)
+
+
+def _read(record: list[Header]) -> Meta:
     if len(record) > MAX_HEADERS:
         raise RequestError(Code.HEADER, f"{len(record)} headers; at most {MAX_HEADERS} are allowed")
     found: dict[str, bytes | None] = {}
@@ -151,7 +160,7 @@ def _read(record: list[tuple[str, bytes | None]]) -> Meta:
     )
 
 
-def _salvage(record: list[tuple[str, bytes | None]]) -> Meta:
+def _salvage(record: list[Header]) -> Meta:
     """Return the id, reply stream and trace of a record whose headers were refused, where they are sound."""
     found: dict[str, bytes | None] = {}
     for name, value in reversed(record[:MAX_HEADERS]):
