@@ -51,9 +51,9 @@ def test_every_schedule_keeps_the_promises(seed: int) -> None:
 def test_the_faults_bite() -> None:
     """Over a few seeds everything happens that the promises are about; else they would prove little."""
     seen: Counter[str] = Counter()
-    for seed in range(30):
+    for seed in range(15):
         world = World(seed)
         world.run()
         seen += world.seen
-    rare = {what for what in MUST_HAPPEN if seen[what] < 5}
+    rare = {what for what in MUST_HAPPEN if seen[what] < 3}
     assert not rare, seen
