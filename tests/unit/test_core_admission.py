@@ -49,7 +49,17 @@ def test_a_take_may_always_bring_something() -> None:
     admission = Admission(["a", "b"], 100, 1_000)
     assert admission.room() == (100, 1_000)
     admission.took("a", 150, 2_000)
+    admission.took("b", 38, 375)
     assert admission.room() == (1, 1)
+
+
+def test_a_full_worker_takes_in_chunks_for_a_route_below_its_share() -> None:
+    """A route whose neighbour fills the worker goes on at its pace, not record by record."""
+    admission = Admission(["a", "b", "c"], 1_200, 12_000)
+    admission.took("a", 1_500, 12_500)
+    assert admission.room() == (300, 3_000)
+    admission.took("b", 100, 2_000)
+    assert admission.room() == (200, 1_000)
 
 
 def test_routes_come_and_go_while_their_rows_are_held() -> None:

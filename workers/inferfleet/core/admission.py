@@ -77,5 +77,14 @@ class Admission:
         )
 
     def room(self) -> tuple[int, int]:
-        """Return how many rows and bytes one take may bring: at least one of each."""
-        return max(1, self.max_rows - self.rows), max(1, self.max_bytes - self.bytes)
+        """Return how many rows and bytes one take may bring: at least one of each.
+
+        A full worker takes for routes below their share alone: as much as the fullest of them has left of it.
+        """
+        if not self._full:
+            return max(1, self.max_rows - self.rows), max(1, self.max_bytes - self.bytes)
+        share = RESUME_SHARE / max(1, len(self._rows))
+        takers = [name for name in self._rows if self.may_take(name)]
+        rows = min((self.max_rows * share - self._rows[name] for name in takers), default=1)
+        size_bytes = min((self.max_bytes * share - self._bytes[name] for name in takers), default=1)
+        return max(1, int(rows)), max(1, int(size_bytes))
