@@ -65,11 +65,12 @@ def test_a_full_worker_takes_in_chunks_for_a_route_below_its_share() -> None:
 def test_routes_come_and_go_while_their_rows_are_held() -> None:
     """A removed route's rows stay counted until they end; any iterable of names will do."""
     admission = Admission(["a", "b"], 100, 1_000)
-    admission.took("a", 60, 6)
+    admission.took("a", 100, 6)
     admission.routes(name for name in ("b", "c"))
-    assert admission.held("a") == (60, 6)
+    assert admission.held("a") == (100, 6)
+    assert admission.may_take("c"), "a share is sure, also of a worker that is full"
     assert admission.held("c") == (0, 0)
-    admission.freed("a", 60, 6)
+    admission.freed("a", 100, 6)
     admission.routes(["b", "c"])
     assert (admission.rows, admission.bytes) == (0, 0)
     admission.took("b", 100, 0)
