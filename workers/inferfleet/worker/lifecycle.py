@@ -30,6 +30,8 @@ from inferfleet.worker.plan import RoutePlan
 log = structlog.get_logger(__name__)
 
 ROUTES_EVERY_S = 5.0
+REFUSED_AGAIN_S = 20.0
+"""A refused revision is tried again after this long: what it names may have been copied since."""
 GAUGES_EVERY_S = 1.0
 IDLE_CHECK_TIMEOUT_S = 2.0
 LEAVE_S = 3.0
@@ -77,6 +79,7 @@ class Worker:
         self._next_table: RouteTable | None = None
         self._serving = False
         self._refused_revision = ""
+        self._refused_at = 0.0
         self._oldest_ms: int | None = None
         delivery = Delivery(
             adapters.outlet,
@@ -220,7 +223,9 @@ class Worker:
                 self._next_table = None  # taken back while its versions were loading
                 return
             if table.revision == self._refused_revision:
-                return
+                if self._clock.monotonic() - self._refused_at < REFUSED_AGAIN_S:
+                    return
+                self._refused_revision = ""
             self._want(table)
             self._next_table = table
             self._switch_if_loaded()
@@ -237,8 +242,7 @@ class Worker:
                 self._to.metrics.model_ready(engine.model, engine.version, False)
                 log.error("model_refused", error=str(_load_error(item)), kept=self._table.revision)
                 if self._next_table is not None:
-                    self._refused_revision = self._next_table.revision
-                    self._next_table = None
+                    self._refuse(self._next_table)
         self.loop.loaded.clear()
         self._switch_if_loaded()
 
@@ -249,8 +253,13 @@ class Worker:
         try:
             self._adopt(table)
         except InferfleetError as error:
-            self._refused_revision = table.revision
+            self._refuse(table)
             log.error("routes_refused", error=str(error), kept=self._table.revision)
+
+    def _refuse(self, table: RouteTable) -> None:
+        self._refused_revision = table.revision
+        self._refused_at = self._clock.monotonic()
+        self._next_table = None
 
     def _retire(self) -> None:
         """Close engines that no route names any longer, once nothing of theirs is under way."""
