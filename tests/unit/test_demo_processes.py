@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import wait_until
 
 from inferfleet.demo.processes import DemoError, Processes, birth, last_line, recorded, stop_recorded
 from inferfleet.demo.stage import Stage
+from tests.support.waiting import wait_until
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,8 @@ class Findings:
     burst: int
     burst_s: float
     missing_in_redis: int
+    admins: tuple[str, ...] = ()
+    """The admin addresses of the workers that still run."""
 
     @property
     def lost(self) -> int:
@@ -106,28 +107,37 @@ def _throughput(findings: Findings) -> str:
     return f"{rate:,.0f} requests/s in the last burst ({findings.burst} at once, {findings.burst_s:.2f} s)"
 
 
-def hints(stage: Stage, kafka: str, redis_port: int, kept: bool) -> str:
+def hints(stage: Stage, kafka: str, redis_port: int, admins: Sequence[str], kept: bool) -> str:
     """Return where to look: exact commands while it runs, how to have that otherwise."""
     if not kept:
         return (
             "Everything is stopped again. Settings, routes, models and logs stay in "
             f"{stage.folder}/ for a look.\nTo leave it running and ask it yourself: {_command()} --keep"
         )
-    image = ",".join(["0"] * 63 + ["16"])
+    image = ",".join(str(int(pixel)) for pixel in digits.load_digits().images[0])
+    tensor = f'{{"name":"image","datatype":"FP32","shape":[1,64],"data":[{image}]}}'
     return "\n".join(
         [
             "It goes on running. Where to look:",
             f"  redis-cli -p {redis_port} GET inferfleet:result:digits:digit-42",
             f"  kcat -b {kafka} -t digits.results -C -e -o -3 -f '%h\\n%s\\n\\n'",
-            "  echo '" + '{"id":"mine","inputs":[{"name":"image","datatype":"FP32","shape":[1,64],"data":['
-            f"{image}" + "]}]}' \\",
-            f"    | kcat -b {kafka} -t digits.requests -P -k mine",
-            f"  inferfleet --help, with --config {stage.fleet_toml}",
-            f"  logs in {stage.logs}/, process ids in {stage.record}",
+            f"  {_program()} --config {stage.fleet_toml} status"
+            + "".join(f" --admin {each}" for each in admins),
+            *(f"  curl -s http://{each}/metrics" for each in admins),
+            "Ask it yourself, here with the picture of a zero:",
+            f'  echo \'{{"id":"mine","inputs":[{tensor}]}}\' |',
+            f"    kcat -b {kafka} -t digits.requests -P -k mine",
+            f"  redis-cli -p {redis_port} GET inferfleet:result:digits:mine",
+            f"Logs are in {stage.logs}/, process ids in {stage.record}.",
             f"To end it: {_command()} --stop",
         ]
     )
 
 
+def _program() -> str:
+    beside = Path(".venv/bin/inferfleet")
+    return str(beside) if beside.is_file() else "inferfleet"
+
+
 def _command() -> str:
-    return "./scripts/demo" if Path("scripts/demo").is_file() else f"{Path(sys.argv[0]).name} demo"
+    return "./scripts/demo" if Path("scripts/demo").is_file() else "inferfleet demo"

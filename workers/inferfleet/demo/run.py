@@ -74,7 +74,7 @@ def run(options: Options) -> bool:
             shutil.rmtree(stage.data, ignore_errors=True)
     for table in tables(findings):
         screen.show(table)
-    screen.show(hints(stage, addresses.kafka, addresses.redis_port, kept))
+    screen.show(hints(stage, addresses.kafka, addresses.redis_port, findings.admins, kept))
     return findings.passed
 
 

@@ -25,6 +25,7 @@ class Gauge:
         self._total = total
         self._progress = progress
         self._next_line_at = time.monotonic() + _PLAIN_EVERY_S
+        self._last_line = ""
         self._tasks: dict[str, TaskID] = {}
         if progress is not None:
             self._tasks = {name: progress.add_task(name, total=total) for name in ("sent", "answered")}
@@ -36,7 +37,10 @@ class Gauge:
             self._progress.update(self._tasks["answered"], completed=tally.answered)
         elif time.monotonic() >= self._next_line_at:
             self._next_line_at = time.monotonic() + _PLAIN_EVERY_S
-            self._console.print(f"  sent {tally.sent} of {self._total}, answered {tally.answered}")
+            line = f"sent {tally.sent} of {self._total}, answered {tally.answered}"
+            if line != self._last_line:
+                self._console.print(f"         {line}")
+            self._last_line = line
 
 
 class Screen:

@@ -19,7 +19,7 @@ _WAVE_S = 0.25
 _KILL_AFTER = _WAVES // 2
 _SHARE_IN_WAVES = 0.6
 _LOOK_S = 0.1
-_PATIENCE_S = 15.0
+_PATIENCE_S = 60.0
 
 
 class Show:
@@ -64,6 +64,7 @@ class Show:
             burst=len(requests) - in_waves,
             burst_s=burst_s,
             missing_in_redis=missing_results(redis_port, list(self._tally.sent_at)),
+            admins=tuple(worker.admin for worker in self._workers),
         )
 
     def _waves(self, requests: list[Request], gauge: Gauge) -> Killing:

@@ -21,9 +21,37 @@ from inferfleet.models.repository import Repository
 
 FLEET = "inferfleet"
 GROUP = "inferfleet.default"
-_READY_TIMEOUT_S = 90.0
+_READY_TIMEOUT_S = 180.0
 _POLL_S = 0.1
 _MARK = ".inferfleet-demo"
+
+SETTINGS = """\
+[fleet]
+name = "{fleet}"
+
+[kafka]
+bootstrap_servers = "{kafka}"
+session_timeout_ms = 6000
+{consumer}
+[redis]
+url = "redis://127.0.0.1:{redis}/0"
+
+[models]
+repository = "models"
+trusted = [{trusted}]
+
+[routes]
+source = "file:routes.toml"
+
+[worker]
+threads = 1
+admin_address = "127.0.0.1:0"   # any free one; each worker of the demo is given its own
+"""
+
+EMBEDDED_CONSUMER = """
+[kafka.consumer]
+"fetch.wait.max.ms" = 10   # a fetch that waits at the embedded broker does not wake for new records
+"""
 
 ROUTES = """\
 [[route]]
@@ -106,19 +134,15 @@ class Stage:
 
     def write_settings(self, bootstrap_servers: str, redis_port: int, embedded: bool) -> None:
         """Write ``fleet.toml`` and ``routes.toml``."""
-        consumer = (
-            '[kafka.consumer]\n"fetch.wait.max.ms" = 10   # the embedded broker\'s long poll does not wake\n'
-        )
-        trusted = f'["{sentences.MODEL}"]' if sentences.ROUTE in self.routes else "[]"
+        trusted = f'"{sentences.MODEL}"' if sentences.ROUTE in self.routes else ""
         self.fleet_toml.write_text(
-            f'[fleet]\nname = "{FLEET}"\n\n'
-            f'[kafka]\nbootstrap_servers = "{bootstrap_servers}"\nsession_timeout_ms = 6000\n'
-            f"{consumer if embedded else ''}\n"
-            f'[redis]\nurl = "redis://127.0.0.1:{redis_port}/0"\n\n'
-            f'[models]\nrepository = "models"\ntrusted = {trusted}\n\n'
-            '[routes]\nsource = "file:routes.toml"\n\n'
-            "[worker]\nthreads = 1\n"
-            'admin_address = "127.0.0.1:0"   # any free one; a worker of the demo is given its own\n',
+            SETTINGS.format(
+                fleet=FLEET,
+                kafka=bootstrap_servers,
+                consumer=EMBEDDED_CONSUMER if embedded else "",
+                redis=redis_port,
+                trusted=trusted,
+            ),
             encoding="utf-8",
         )
         text = ROUTES + (SENTENCE_ROUTE if sentences.ROUTE in self.routes else "")

@@ -1,0 +1,91 @@
+"""``inferfleet demo`` from end to end: real workers, the embedded broker, Valkey, one kill, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from inferfleet.demo.processes import birth, recorded, stop_recorded
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
+LIMIT_S = 240.0
+DEMO = [sys.executable, "-m", "inferfleet.cli", "demo"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where one demo runs; what it might leave running is ended."""
+    yield tmp_path
+    stop_recorded(tmp_path / ".demo" / "pids.json")
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the demo to its end in ``folder``."""
+    return subprocess.run(
+        [*DEMO, *arguments], cwd=folder, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+def said(output: str, name: str) -> str:
+    """What the last table says beside a name."""
+    found = re.search(rf"{name} │ (.*?) *│", output)
+    assert found is not None, output
+    return found[1]
+
+
+def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> None:
+    """All digits and files get their right answer, and what was kept runs on until ``--stop``."""
+    shown = demo(folder, "--keep")
+
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert said(shown.stdout, "sent") == "2037"
+    assert said(shown.stdout, "answered") == "2037, of these 2037 also in Redis"
+    assert said(shown.stdout, "lost") == "0"
+    assert said(shown.stdout, "errors, wrong answers") == "0, 0"
+    assert "by SIGKILL" in shown.stdout
+
+    record = folder / ".demo" / "pids.json"
+    running = recorded(record)
+    assert [each.name.partition("-")[0] for each in running] == ["broker", "redis", "worker", "worker"]
+    settings = tomllib.loads((folder / ".demo" / "fleet.toml").read_text())
+    with redis.Redis.from_url(settings["redis"]["url"]) as client:
+        answer = json.loads(client.get("inferfleet:result:digits:digit-42") or "{}")
+    assert answer["id"] == "digit-42"
+    assert answer["model_version"] in {"1", "2"}
+
+    refused = demo(folder)
+    assert refused.returncode == 1
+    assert "end it with `inferfleet demo --stop`" in refused.stderr
+
+    stopped = demo(folder, "--stop")
+    assert stopped.returncode == 0
+    assert all(birth(each.pid) is None for each in running)
+
+
+def test_an_interrupted_demo_leaves_nothing_running(folder: Path) -> None:
+    """Ctrl-C and SIGTERM end servers and workers too, at any moment."""
+    with (folder / "out").open("wb") as out:
+        process = subprocess.Popen(
+            DEMO, cwd=folder, stdout=out, stderr=out, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+    record = folder / ".demo" / "pids.json"
+    running = wait_until(
+        lambda: found if len(found := recorded(record)) >= 3 else [], LIMIT_S, "a worker was started"
+    )
+
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(LIMIT_S) != 0
+    assert all(birth(each.pid) is None for each in running)
+    assert not record.exists()
