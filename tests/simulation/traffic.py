@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from inferfleet.brokers.memory import Record
 from inferfleet.errors import Code
 from inferfleet.records import Header, Stream
 
@@ -15,6 +16,13 @@ POISON = -1.0
 LARGE = "large-"
 NOWHERE = Stream("", 0)
 WIDTH = 4
+
+
+def is_large_answer(record: Record) -> bool:
+    """Say whether a record is an answer that a result topic is told to refuse for its size."""
+    headers = dict(record.headers or ())
+    named = (headers["inferfleet-id"] or b"").startswith(LARGE.encode())
+    return named and headers["inferfleet-status"] == b"ok"
 
 
 @dataclass

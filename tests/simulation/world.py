@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 
 from inferfleet import config as settings
-from inferfleet.brokers.memory import MemoryBroker, Record
+from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.config import Config, dead_letter_topic
 from inferfleet.ports import RefusalKind
 from inferfleet.records import Stream
@@ -23,7 +23,7 @@ from inferfleet.routes import RouteTable, parse_routes
 from inferfleet.testing.clock import FakeClock
 from inferfleet.worker.loop import LoopOptions
 from tests.simulation.audit import Audit, ViolationError
-from tests.simulation.traffic import LARGE, make
+from tests.simulation.traffic import is_large_answer, make
 from tests.simulation.worker import SimWorker
 
 SOURCES = {"a": "a.in", "b": "b.in"}
@@ -399,11 +399,4 @@ class World:
             if topic not in self._refusing:
                 self.broker.accept(topic)
                 if topic in RESULTS.values():
-                    self.broker.refuse(topic, RefusalKind.TOO_LARGE, when=_is_large)
-
-
-def _is_large(record: Record) -> bool:
-    headers = dict(record.headers or ())
-    return headers["inferfleet-status"] == b"ok" and (headers["inferfleet-id"] or b"").startswith(
-        LARGE.encode()
-    )
+                    self.broker.refuse(topic, RefusalKind.TOO_LARGE, when=is_large_answer)

@@ -1,0 +1,113 @@
+"""A worker's life under seeds: started when its models are there, drained when told, idle when done."""
+
+from __future__ import annotations
+
+import pytest
+
+from inferfleet import config as settings
+from inferfleet.errors import BrokerError, ModelLoadError
+from inferfleet.ports import RefusalKind
+from tests.simulation.life import RESULTS, SOURCE, Life, table
+
+pytestmark = pytest.mark.usefixtures("silent_logs")
+
+CONFIG = settings.parse("[batching]\nmax_batch_size = 4\n[worker]\ndrain_timeout_s = 3\n")
+SEEDS = range(8)
+
+
+@pytest.fixture
+def life(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Life:
+    """A world under the test's seed."""
+    spec = getattr(request.node, "callspec", None)
+    return Life(spec.params["seed"] if spec else 0, CONFIG, monkeypatch)
+
+
+def finish(life: Life) -> None:
+    """Let a last worker answer what is left, and judge the whole."""
+    life.happens.clear()
+    assert life.worker("last").run(until_idle_s=1.0) == 0
+    assert life.lag == 0
+    life.audit.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_until_idle_ends_when_nothing_is_left(life: Life, seed: int) -> None:
+    """Everything that was there is answered and committed, and so is what comes while it works."""
+    life.produce(40)
+    life.happens.append(lambda: life.produce(3) if life.sent < 150 else None)
+    assert life.worker().run(until_idle_s=0.5) == 0
+    assert life.lag == 0
+    life.audit.close()
+    assert all(engine.closed for engine in life.engines)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_stop_drains_and_leaves_the_rest_to_others(life: Life, seed: int) -> None:
+    """Told to stop at any moment it ends in time, gives back what is open, and nothing is lost."""
+    worker = life.worker()
+    told: list[float] = []
+
+    def stop() -> None:
+        if not told and life.rng.random() < 0.1:
+            told.append(life.clock.monotonic())
+            worker.stop()
+
+    life.happens += [lambda: life.produce(10) if life.sent < 300 else None, stop]
+    worker.run()
+    assert life.clock.monotonic() - told[0] <= CONFIG.worker.drain_timeout_s + 0.2
+    assert all(engine.closed for engine in life.engines)
+    finish(life)
+
+
+def test_a_drain_whose_outlet_is_stuck_ends_in_time(life: Life) -> None:
+    """What cannot be confirmed is given back: the next worker answers it."""
+    life.produce(20)
+    worker = life.worker()
+    life.broker.refuse(RESULTS, RefusalKind.LATER)
+    life.happens.append(lambda: worker.stop() if worker.loop.held else None)
+    assert worker.run() > 0
+    life.accept_results()
+    finish(life)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_routes_change_while_it_serves(life: Life, seed: int) -> None:
+    """A new version is loaded first and served then; one that does not load changes nothing."""
+    life.broken = {"3"}
+    worker = life.worker()
+
+    def change() -> None:
+        life.routes = table(life.rng.randrange(1, 4))
+        # A broken version is never served, and one that serves is never closed under its batches.
+        life.audit.versions["a"] = {"1", "2"}
+
+    life.happens += [lambda: life.produce(4), change, lambda: worker.stop() if life.sent > 300 else None]
+    worker.run()
+    life.routes = table(1)
+    finish(life)
+
+
+def test_a_worker_without_its_model_does_not_join(life: Life) -> None:
+    """It says what is wrong, and has taken nothing."""
+    life.produce(3)
+    life.broken = {"1"}
+    with pytest.raises(ModelLoadError, match="version 1 is broken"):
+        life.worker().run()
+    assert life.broker.group(CONFIG.group).generation == 0
+    life.broken = set()
+    finish(life)
+
+
+def test_a_worker_that_is_stopped_while_loading_never_serves(life: Life) -> None:
+    """SIGTERM during the start ends it at once."""
+    worker = life.worker()
+    worker.stop()
+    assert worker.run() == 0
+    assert life.broker.group(CONFIG.group).generation == 0
+
+
+def test_a_group_that_denies_a_worker_is_an_error_of_one_line(life: Life) -> None:
+    """It does not wait for ever to be let in."""
+    life.broker.group(CONFIG.group).denied = f"no right to read {SOURCE}"
+    with pytest.raises(BrokerError, match=r"no right to read a\.in"):
+        life.worker().run()
