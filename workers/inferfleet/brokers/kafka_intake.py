@@ -19,6 +19,7 @@ from confluent_kafka import (
 )
 
 from inferfleet.brokers.kafka_problems import Problems
+from inferfleet.errors import BrokerError
 from inferfleet.ports import IntakeListener
 from inferfleet.records import Chunk, Headers, Stream
 
@@ -118,17 +119,25 @@ class KafkaIntake:
         one record's worth when sizes jump.
         """
         wanted = max(1, min(max_records, max_bytes // self._peak_bytes))
-        consumer = self._consumer
-        if max_wait_s > 0:
-            first = consumer.poll(max_wait_s)
-            if first is None:
-                return []
-            messages: list[Message] = [first]
-            if wanted > 1:
-                messages += consumer.consume(wanted - 1, 0)
-        else:
-            messages = consumer.consume(wanted, 0)
+        try:
+            messages = self._consume(wanted, max_wait_s)
+        except KafkaException as error:
+            raise BrokerError(self._ended(error)) from error
         return self._chunks(messages) if messages else []
+
+    def _ended(self, error: KafkaException) -> str:
+        reason = error.args[0].str() if isinstance(error.args[0], KafkaError) else error
+        return f"kafka ends the membership in group {self._options.group}: {reason}"
+
+    def _consume(self, wanted: int, max_wait_s: float) -> list[Message]:
+        consumer = self._consumer
+        if max_wait_s <= 0:
+            messages: list[Message] = consumer.consume(wanted, 0)
+            return messages
+        first = consumer.poll(max_wait_s)
+        if first is None:
+            return []
+        return [first, *consumer.consume(wanted - 1, 0)] if wanted > 1 else [first]
 
     def _chunks(self, messages: list[Message]) -> list[Chunk]:
         now = self._clock()

@@ -8,6 +8,7 @@ a report of its own, and its groups are settled at once. Then the hands change p
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,11 +19,14 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from inferfleet.brokers.kafka_intake import silent_logger
+from inferfleet.brokers.kafka_problems import Problems
 from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Envelopes
 
 log = structlog.get_logger(__name__)
 
+REPLACED_AFTER_S = 2.0
+"""How long a producer that can never send again stays before a new one tries."""
 _TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE}
 _DENIED = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -123,15 +127,22 @@ Failed = tuple[str, bytes | None, bytes | None, KafkaError]
 class _Hand:
     """A producer that reports failures only, and what was handed to it since it was last empty."""
 
-    def __init__(self, properties: Mapping[str, Any], problem: Callable[[KafkaError], None]) -> None:
+    def __init__(
+        self,
+        properties: Mapping[str, Any],
+        problem: Callable[[KafkaError], None],
+        clock: Callable[[], float],
+    ) -> None:
         self._properties = {
             **properties,
             "delivery.report.only.error": True,
             "on_delivery": self._failed,
-            "error_cb": self._on_error,
+            "error_cb": problem,
         }
         self._problem = problem
-        self._fatal: str | None = None
+        self._clock = clock
+        self._fatal: KafkaError | None = None
+        self._replaced_at = 0.0
         self._failures: list[Failed] = []
         self.groups: list[_Group] = []
         self.producer = Producer(self._properties, logger=silent_logger())
@@ -154,20 +165,33 @@ class _Hand:
                 group.sent = at
                 return False
             except KafkaException as error:
-                group.refuse(at, error.args[0])
+                group.refuse(at, self._fatal or error.args[0])
                 sent = at + 1
         group.sent = sent
         return True
 
     def poll(self, max_wait_s: float) -> None:
-        """Hear of failures; replace the producer when it can never send again."""
-        self.producer.poll(max_wait_s)
-        if self._fatal is not None:
-            log.error("producer_replaced", error=self._fatal)
+        """Hear of failures; a producer that can never send again is replaced after a pause.
+
+        Meanwhile it refuses everything, so that its routes wait and say why.
+        """
+        try:
+            self.producer.poll(max_wait_s)
+        except KafkaException as error:
+            # The client raises what is fatal instead of telling the error callback.
+            if not error.args[0].fatal():
+                raise
+            self._died(error.args[0])
+        if self._fatal is not None and self._clock() >= self._replaced_at:
+            log.info("producer_replaced", error=self._fatal.str())
             self._fatal = None
-            self.producer.purge()
-            self.producer.flush(1.0)
             self.producer = Producer(self._properties, logger=silent_logger())
+
+    def _died(self, error: KafkaError) -> None:
+        self._fatal = error
+        self._replaced_at = self._clock() + REPLACED_AFTER_S
+        self._problem(error)
+        _give_up(self.producer)
 
     def settle(self) -> None:
         """Settle all groups if nothing of them is left in the client's queue."""
@@ -179,27 +203,23 @@ class _Hand:
 
     def _failed(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failures.append((message.topic(), message.key(), message.value(), error))
-
-    def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._fatal = error.str()
-        self._problem(error)
+            told = self._fatal or error
+            self._failures.append((message.topic(), message.key(), message.value(), told))
 
 
 class KafkaOutlet:
     """Implements :class:`~inferfleet.ports.Outlet` on confluent-kafka producers."""
 
     def __init__(self, properties: Mapping[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
-        self._properties = {**properties, "error_cb": self._on_error}
+        self._problems = Problems(clock)
+        self._properties = {**properties, "error_cb": self._problems.tell}
         self._clock = clock
-        self._filling = _Hand(properties, self._on_error)
-        self._draining = _Hand(properties, self._on_error)
+        self._filling = _Hand(properties, self._problems.tell, clock)
+        self._draining = _Hand(properties, self._problems.tell, clock)
         self._alone: Producer | None = None
         self._pending = 0
         self._waiting: deque[_Group] = deque()
         self._waiting_alone: deque[tuple[_Group, int]] = deque()
-        self.problem: str | None = None
 
     def __repr__(self) -> str:
         return f"KafkaOutlet(pending={self._pending}, waiting={len(self._waiting)})"
@@ -236,8 +256,7 @@ class KafkaOutlet:
         """Settle what has been acknowledged, then send what waits for room."""
         self._filling.poll(0)
         self._draining.poll(max_wait_s)
-        if self._alone is not None:
-            self._alone.poll(0)
+        self._poll_alone()
         self._draining.settle()
         while self._waiting and self._filling.send(self._waiting[0]):
             self._waiting.popleft()
@@ -258,11 +277,24 @@ class KafkaOutlet:
             self.poll(min(left, 0.05))
         return self._pending
 
-    def _on_error(self, error: KafkaError) -> None:
-        text = error.str()
-        if text != self.problem:
-            log.warning("kafka_problem", error=text, code=error.name(), fatal=error.fatal())
-            self.problem = text
+    def _poll_alone(self) -> None:
+        if self._alone is None:
+            return
+        try:
+            self._alone.poll(0)
+        except KafkaException as error:
+            if not error.args[0].fatal():
+                raise
+            self._problems.tell(error.args[0])
+            alone, self._alone = self._alone, None
+            _give_up(alone)
+
+
+def _give_up(producer: Producer) -> None:
+    """Let everything that a dead producer holds fail now."""
+    producer.purge()
+    with contextlib.suppress(KafkaException):  # it is dead, and was heard
+        producer.flush(1.0)
 
 
 def _refusal(error: KafkaError) -> Refusal:
