@@ -79,7 +79,8 @@ def worker(session: Session, until_idle: float | None) -> None:
     configure(config.log.format, config.log.level, secrets=config.secrets)
     _limit_threads(config)
     table = _routes(config)
-    _check_kafka(config, table)
+    _wait_for_kafka(config)
+    _check_topics(config, table)
     _run(config, table, until_idle)
 
 
@@ -196,8 +197,8 @@ def _heard(number: int, frame: FrameType | None) -> None:
     """Take the place of the default action; the wake-up socket has the number already."""
 
 
-def _check_kafka(config: Config, table: RouteTable) -> None:
-    """Wait for Kafka, bounded, and name the topic that is missing or forbidden.
+def _wait_for_kafka(config: Config) -> None:
+    """Wait for Kafka, bounded.
 
     Raises BrokerError: an authentication failure at once, an absent broker after ``START_PATIENCE_S``.
     """
@@ -237,25 +238,46 @@ def _check_kafka(config: Config, table: RouteTable) -> None:
                 if not told:
                     log.warning("waiting_for_kafka", bootstrap_servers=where, error=error.args[0].str())
                     told = True
-        for topic, use in _topics(config, table).items():
-            found = consumer.list_topics(topic, timeout=10).topics[topic]
-            if found.error is not None:
-                raise BrokerError(
-                    f"topic {topic} ({use}): {found.error.str()}; "
-                    "`inferfleet topics plan` prints what the routes need"
-                )
     finally:
         consumer.close()
 
 
-def _topics(config: Config, table: RouteTable) -> dict[str, str]:
+def _check_topics(config: Config, table: RouteTable) -> None:
+    """Raise BrokerError for the first topic that is missing or that this worker has no right on."""
+    from inferfleet.cli.kafka import Cluster
+
+    needed = _topics(config, table)
+    cluster = Cluster(config)
+    try:
+        standing = cluster.topics()
+        for topic, found in cluster.describe_topics(list(needed)).items():
+            use, right = needed[topic]
+            if found.problem and topic not in standing:
+                raise BrokerError(
+                    f"topic {topic} ({use}): {found.problem}; "
+                    "`inferfleet topics plan` prints what the routes need"
+                )
+            if found.rights and not found.rights & {right, "ALL"}:
+                raise BrokerError(
+                    f"topic {topic} ({use}): this user has no {right} right on it; "
+                    "`inferfleet topics plan --format acls` prints the rights"
+                )
+    finally:
+        cluster.close()
+
+
+def _topics(config: Config, table: RouteTable) -> dict[str, tuple[str, str]]:
+    """Return what each topic is for, and the right that it needs."""
     from inferfleet.config import dead_letter_topic
 
-    topics: dict[str, str] = {}
+    topics: dict[str, tuple[str, str]] = {}
     for route in table.of_pool(config.worker.pool):
-        topics[route.source.name] = f"source of route {route.name}"
+        topics[route.source.name] = (f"source of route {route.name}", "READ")
         for result in route.results:
             if result.kind == "kafka":
-                topics[result.name] = f"results of route {route.name}"
-        topics[dead_letter_topic(config, route.source.name)] = f"dead letters of route {route.name}"
+                topics[result.name] = (f"results of route {route.name}", "WRITE")
+        topics[dead_letter_topic(config, route.source.name)] = (
+            f"dead letters of route {route.name}",
+            "WRITE",
+        )
     return topics
