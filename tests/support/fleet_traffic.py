@@ -122,12 +122,13 @@ class Sender:
 
 
 class Reader:
-    """Reads a topic from its beginning, all partitions, in the caller's thread."""
+    """Reads a topic from its beginning, all partitions, in the caller's thread.
 
-    def __init__(self, client: ClientConfig, topic: str) -> None:
-        self._consumer = Consumer(
-            {**client, "group.id": f"{topic}.reader", "enable.auto.commit": False, "log_level": 0}
-        )
+    It joins no group; ``group`` is a name that the user may look at.
+    """
+
+    def __init__(self, client: ClientConfig, topic: str, group: str = "reader") -> None:
+        self._consumer = Consumer({**client, "group.id": group, "enable.auto.commit": False, "log_level": 0})
         partitions = self._consumer.list_topics(topic, timeout=20).topics[topic].partitions
         self._consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
         self.topic = topic
