@@ -63,5 +63,105 @@ def drain(
     _show(result, output)
 
 
+@main.command()
+@click.option("--runs", type=click.IntRange(1), default=3, help="Runs of each subject, in turn.")
+@click.option("--requests", type=click.IntRange(50), default=300, help="Requests a run.")
+@_output
+@click.pass_obj
+def latency(obj: tuple[str | None, Path | None], runs: int, requests: int, output: Path | None) -> None:
+    """Send one request at a time to the bare loop and the worker; print p50 and p99 and their ratio."""
+    from loadtest import latency as latencies
+    from loadtest.stage import stage
+
+    with stage(*obj) as on:
+        result = latencies.compare(on, runs=runs, requests=requests, tell=click.echo)
+    _show(result, output)
+
+
+@main.command()
+@click.option("--first", type=click.IntRange(1), default=500_000, help="Look at this answer,")
+@click.option("--last", type=click.IntRange(2), default=2_000_000, help="and at this one.")
+@_output
+@click.pass_obj
+def memory(obj: tuple[str | None, Path | None], first: int, last: int, output: Path | None) -> None:
+    """Drain raw requests and print how much the worker's resident memory grew on the way."""
+    from loadtest import memory as memories
+    from loadtest.stage import stage
+
+    with stage(*obj) as on:
+        result = memories.growth(on, first=first, last=last, tell=click.echo)
+    _show(result, output)
+
+
+@main.command()
+@click.option("--runs", type=click.IntRange(1), default=3, help="Runs of each size, in turn.")
+@click.option("--records", type=click.IntRange(100), default=800, help="Texts a run.")
+@_output
+@click.pass_obj
+def scale(obj: tuple[str | None, Path | None], runs: int, records: int, output: Path | None) -> None:
+    """Drain a model-bound backlog with one worker and with two; print the ratio."""
+    from loadtest import scale as scales
+    from loadtest.stage import stage
+
+    with stage(*obj) as on:
+        result = scales.compare(on, runs=runs, records=records, tell=click.echo)
+    _show(result, output)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="One short run of each: to see that it works.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("loadtest/results"))
+@click.pass_obj
+def report(obj: tuple[str | None, Path | None], quick: bool, results: Path) -> None:
+    """Run every workload and the idle latency; print a table, write JSON and a picture."""
+    from loadtest import report as reports
+    from loadtest.stage import stage
+
+    with stage(*obj) as on:
+        result = reports.measure(on, quick=quick, tell=click.echo)
+    reports.show(result)
+    for path in reports.write(result, results):
+        click.echo(f"written to {path}")
+
+
+def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in (text or "").split(",") if part)
+    except ValueError:
+        sizes = (0,)
+    if any(size < 1 for size in sizes):
+        raise click.BadParameter("must be numbers of workers, as in 3,6,3")
+    return sizes
+
+
+@main.command("open-loop")
+@click.option("--seconds", type=click.FloatRange(5), default=95.0, help="How long requests flow.")
+@click.option("--rate", type=click.FloatRange(10), default=1_500.0, help="Requests a second.")
+@click.option("--poisson", is_flag=True, help="Random gaps between requests instead of even ones.")
+@click.option("--workers", type=click.IntRange(1), default=3)
+@click.option("--kill-every", type=click.FloatRange(1), help="SIGKILL and replace a worker every S seconds.")
+@click.option("--sigterm", is_flag=True, help="Let the worker drain (SIGTERM) instead of killing it.")
+@click.option("--scale", callback=_sizes, help="Numbers of workers, as in 3,6,3, for parts of equal length.")
+@click.option("--protocol", type=click.Choice(["classic", "consumer"]), default="classic")
+@click.option("--delay-ms", type=click.FloatRange(0), default=20.0, help="Model time of each batch.")
+@click.option("--warmup", type=click.FloatRange(0), default=5.0, help="Seconds left out of the latency.")
+@_output
+@click.pass_obj
+def open_loop(obj: tuple[str | None, Path | None], output: Path | None, **plan: Any) -> None:
+    """Send at planned times while workers come and go; print what was lost, repeated, wrong or silent."""
+    from loadtest import openloop
+    from loadtest.stage import stage
+
+    if plan["scale"] and plan["kill_every"]:
+        raise click.UsageError("--scale and --kill-every exclude each other")
+    with stage(*obj) as on:
+        result = openloop.run(on, openloop.Plan(**plan), tell=click.echo)
+    click.echo(openloop.table(result))
+    if output is not None:
+        _show(result, output)
+    if result["shortfalls"]:
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
     main()

@@ -103,7 +103,7 @@ class Cluster:
         for number, body in enumerate(workload.bodies(count, seed, first), first):
             while True:
                 try:
-                    produce(topic, body, key_of(number), number % PARTITIONS, headers=headers)  # type: ignore[arg-type]
+                    produce(topic, body, key_of(number), number % PARTITIONS, headers=headers)
                     break
                 except BufferError:
                     producer.poll(0.05)

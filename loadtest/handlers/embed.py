@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,3 +48,23 @@ class Encoder:
             unit = torch.nn.functional.normalize(pooled, dim=1)
         result: npt.NDArray[np.float32] = unit.numpy()
         return result
+
+
+class Model:
+    """The handler of the worker: ``text`` BYTES [1] to ``embedding`` FP32 [384]."""
+
+    def load(self, folder: Path, device: str, parameters: dict[str, Any]) -> None:  # noqa: ARG002
+        """Load the encoder from the version's folder."""
+        self._encoder = Encoder(folder)
+
+    def prepare(self, tensors: dict[str, Any]) -> list[list[int]]:
+        """Tokenize one batch."""
+        return self._encoder.tokenize([text.decode() for text in tensors["text"][:, 0]])
+
+    def predict(self, items: list[list[int]]) -> dict[str, Any]:
+        """Return one unit vector a text."""
+        return {"embedding": self._encoder.encode(items)}
+
+    def sample(self) -> dict[str, Any]:
+        """Two texts, for the self-check: an empty one has no token to average."""
+        return {"text": np.array([[b"a short text"], [b"and one that is longer"]], dtype=object)}

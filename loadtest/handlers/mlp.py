@@ -3,7 +3,7 @@
 import torch
 
 
-class Mlp(torch.nn.Module):
+class Mlp(torch.nn.Module):  # type: ignore[misc]
     """A 32-64-10 perceptron: so small that everything around the model is what gets measured."""
 
     def __init__(self) -> None:
