@@ -104,6 +104,8 @@ class WorkerLoop:
         dropped, back = set(self._plans) - sources, self._dropped & sources
         if dropped:
             self._intake.pause(dropped)
+            # Some members are told that such streams are lost, which is too late to settle anything.
+            self._intake.settle(self.ledger.positions())
         self._dropped = (self._dropped | dropped) - back
         self._paused = (self._paused - dropped) | back
 
