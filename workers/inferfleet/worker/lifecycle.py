@@ -143,10 +143,16 @@ class Worker:
         for route in table.of_pool(self._config.worker.pool):
             for variant in route.variants:
                 key = (route.model, variant.version)
-                if key not in self._engines:
-                    engine = Engine(*key, _loader(self._to.models, *key), self._to.news, self._clock)
-                    self._engines[key] = engine
-                    engine.start()
+                if key in self._engines:
+                    continue
+                leaving = [e for e in self._leaving if (e.model, e.version) == key]
+                if leaving:  # still warm: a version never has two engines
+                    self._leaving.remove(leaving[0])
+                    self._engines[key] = leaving[0]
+                    continue
+                engine = Engine(*key, _loader(self._to.models, *key), self._to.news, self._clock)
+                self._engines[key] = engine
+                engine.start()
 
     def _all_loaded(self, table: RouteTable) -> bool:
         return all(self._engines[key].signature is not None for key in self._versions(table))
@@ -239,6 +245,7 @@ class Worker:
             else:
                 engine = item.engine
                 self._engines.pop((engine.model, engine.version), None)
+                self._leaving = [each for each in self._leaving if each is not engine]
                 self._to.metrics.model_ready(engine.model, engine.version, False)
                 log.error("model_refused", error=str(_load_error(item)), kept=self._table.revision)
                 if self._next_table is not None:
@@ -263,7 +270,8 @@ class Worker:
 
     def _retire(self) -> None:
         """Close engines that no route names any longer, once nothing of theirs is under way."""
-        for engine in [engine for engine in self._leaving if not self.loop.busy(engine)]:
+        idle = [e for e in self._leaving if self.loop.watches(e) and not self.loop.busy(e)]
+        for engine in idle:
             self._leaving.remove(engine)
             self.loop.forget(engine)
             engine.close()

@@ -117,6 +117,10 @@ class WorkerLoop:
         """Look after an engine no longer; it holds no batch and no request waits for it."""
         self._engines.remove(engine)
 
+    def watches(self, engine: Engine) -> bool:
+        """Return whether this engine has loaded and is looked after."""
+        return engine in self._engines
+
     def busy(self, engine: Engine) -> bool:
         """Return whether a batch runs or a request waits for this engine."""
         return engine.in_flight > 0 or self.batcher.waiting(engine.model, engine.version) > 0
