@@ -147,7 +147,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) 
 @click.option("--warmup", type=click.FloatRange(0), default=5.0, help="Seconds left out of the latency.")
 @_output
 @click.pass_obj
-def open_loop(obj: tuple[str | None, Path | None], output: Path | None, **plan: Any) -> None:
+def open_loop(obj: tuple[str | None, Path | None], /, output: Path | None, **plan: Any) -> None:
     """Send at planned times while workers come and go; print what was lost, repeated, wrong or silent."""
     from loadtest import openloop
     from loadtest.stage import stage

@@ -7,12 +7,12 @@ and an array over requests has NaN where nothing was sent or nothing came back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from hdrh.histogram import HdrHistogram
+from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
 Instants = npt.NDArray[np.float64]
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -152,6 +152,10 @@ class Event:
     def longest_s(self) -> float:
         """The longest silence of any partition."""
         return max(self.silences, default=0.0)
+
+    def figures(self) -> dict[str, Any]:
+        """Return all of it by name."""
+        return {**asdict(self), "in_flight": self.in_flight, "longest_s": self.longest_s}
 
 
 def settle_events(

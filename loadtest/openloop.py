@@ -30,6 +30,7 @@ from loadtest.workloads import Fleet
 KILL_LIMIT_S, MOVE_LIMIT_S = 10.0, 5.0
 """Longest silence allowed after a SIGKILL, and after a SIGTERM or a change of size."""
 _NOTHING_NEW_S, _LATE_COPIES_S = 30.0, 3.0
+_CALM_MARGIN_MS = 1_000.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plan:
         """The longest silence that an event may cause."""
         return KILL_LIMIT_S if self.kill_every and not self.sigterm else MOVE_LIMIT_S
 
-    def moments(self) -> list[tuple[float, int | None]]:
+    def moments(self) -> Sequence[tuple[float, int | None]]:
         """Return when something happens, seconds after the warm-up, and the new size (None: a worker goes).
 
         Requests flow for at least :attr:`limit_s` after a worker has gone, or its silence could not be told.
@@ -77,7 +78,7 @@ class Plan:
 
 
 def run(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the plan on fresh topics with real workers; return figures and ``shortfalls`` (empty: all holds)."""
+    """Run the plan with real workers on fresh topics; return figures and ``shortfalls`` (none: all holds)."""
     cluster = on.cluster
     requests, results = cluster.create("openloop.requests"), cluster.create("openloop.results")
     _stamp_on_append(cluster, results)
@@ -214,12 +215,12 @@ def _figures(
     begins_ms = generator.epoch_ms(plan.warmup)
     calm_until_ms = events[0].at_ms if events else until_ms
     measured = planned_ms >= begins_ms
-    calm = measured & (planned_ms < calm_until_ms)
+    # What is in flight at the first event waits for what comes of it, so it says nothing about calm.
+    calm = measured & (planned_ms < calm_until_ms - _CALM_MARGIN_MS)
+    calm_first = np.where(first <= calm_until_ms, first, np.nan)
     missing = ledger.shortfalls(tally, events, codes)
-    if dead_letters:
-        missing.append(f"{dead_letters} dead letters")
-    if generator.refused:
-        missing.append(f"{len(generator.refused)} requests not accepted: {generator.refused[0]}")
+    missing += [f"{dead_letters} dead letters"] * bool(dead_letters)
+    missing += [f"request not accepted: {text}" for text in generator.refused[:1]]
     late_ms = (sent_ms - planned_ms)[measured]
     return {
         "plan": asdict(plan),
@@ -230,12 +231,10 @@ def _figures(
         "latency_ms": ledger.latency(planned_ms[measured], first[measured]),
         "latency_ms_before_events": ledger.latency(planned_ms[calm], first[calm]),
         "longest_silence_before_events_s": max(
-            ledger.longest_silences(first, PARTITIONS, begins_ms, calm_until_ms)
+            ledger.longest_silences(calm_first, PARTITIONS, begins_ms, calm_until_ms)
         ),
         "generator_late_ms": {"p99": float(np.percentile(late_ms, 99)), "max": float(late_ms.max())},
-        "events": [
-            {**asdict(event), "in_flight": event.in_flight, "longest_s": event.longest_s} for event in events
-        ],
+        "events": [event.figures() for event in events],
         "in_flight_at_events": sum(event.in_flight for event in events),
         "shortfalls": missing,
     }
