@@ -18,7 +18,7 @@ class Cluster:
 
     def __init__(self, bootstrap: str) -> None:
         self.bootstrap = bootstrap
-        self.admin = AdminClient({"bootstrap.servers": bootstrap})
+        self.admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
         self._observer = self._new_observer()
         self._made: set[str] = set()
 
@@ -59,7 +59,9 @@ class Cluster:
         return True
 
     def _new_observer(self) -> Consumer:
-        return Consumer({"bootstrap.servers": self.bootstrap, "group.id": "loadtest-observer"})
+        return Consumer(
+            {"log_level": 0, "bootstrap.servers": self.bootstrap, "group.id": "loadtest-observer"}
+        )
 
     def delete(self, *names: str) -> None:
         """Delete topics that :meth:`create` made; those already gone are not an error."""
