@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from inferfleet import config as settings
 from inferfleet.errors import BrokerError, ModelLoadError
 from inferfleet.ports import RefusalKind
+from inferfleet.routes import parse_routes
+from inferfleet.worker.lifecycle import ROUTES_EVERY_S, Worker
 from tests.simulation.life import RESULTS, SOURCE, Life, table
 
 pytestmark = pytest.mark.usefixtures("silent_logs")
 
 CONFIG = settings.parse("[batching]\nmax_batch_size = 4\n[worker]\ndrain_timeout_s = 3\n")
 SEEDS = range(8)
+_REDIS_ONLY = """
+[[route]]
+name = "a"
+source = "kafka:a.in"
+results = ["redis"]
+model = "m"
+version = "1"
+"""
 
 
 @pytest.fixture
@@ -111,3 +123,26 @@ def test_a_group_that_denies_a_worker_is_an_error_of_one_line(life: Life) -> Non
     life.broker.group(CONFIG.group).denied = f"no right to read {SOURCE}"
     with pytest.raises(BrokerError, match=r"no right to read a\.in"):
         life.worker().run()
+
+
+def test_routes_that_need_redis_are_refused_by_a_worker_that_has_none(life: Life) -> None:
+    """Nothing would keep their answers, and their records would be settled without any."""
+    made = life.worker()
+    worker = Worker(made._config, replace(made._to, results=None))
+    first = life.routes
+
+    def change() -> None:
+        if worker.loop.ledger.streams and life.sent == 0:
+            life.routes = parse_routes(_REDIS_ONLY, "inferfleet", "routes.toml")
+        waited = life.clock.monotonic() - began
+        if waited > 2 * ROUTES_EVERY_S and not life.sent:
+            life.produce(20)
+        if waited > 4 * ROUTES_EVERY_S:
+            worker.stop()
+
+    began = life.clock.monotonic()
+    life.happens.append(change)
+    worker.run()
+    assert worker.status().revision == first.revision
+    life.routes = first
+    finish(life)

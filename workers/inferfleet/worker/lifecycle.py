@@ -16,7 +16,7 @@ from typing import Protocol
 import structlog
 
 from inferfleet.config import Config
-from inferfleet.errors import BrokerError, InferfleetError, ModelLoadError
+from inferfleet.errors import BrokerError, ConfigError, InferfleetError, ModelLoadError
 from inferfleet.ports import BatchingWishes, Clock, Intake, LoadedModel, Outlet, ResultOutlet
 from inferfleet.records import Stream
 from inferfleet.routes import RouteTable
@@ -172,6 +172,12 @@ class Worker:
             RoutePlan(route, table.revision, self._engines, self._to.models.wishes, self._config)
             for route in table.of_pool(self._config.worker.pool)
         ]
+        if self._to.results is None and (needy := [plan.name for plan in plans if plan.redis]):
+            # Nothing would keep their answers, and their records would be settled without any.
+            raise ConfigError(
+                f"route {needy[0]} keeps results in redis, and no route did when this worker started; "
+                "restart the worker"
+            )
         self.loop.use(plans)
         self._table = table
         self._to.metrics.route_revision(table.revision)
