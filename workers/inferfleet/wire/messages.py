@@ -133,5 +133,10 @@ DEAD_LETTER_HEADERS = (
     HeaderRule("inferfleet-attempt", "How many attempts were made.", r"[1-9][0-9]*", "always"),
     HeaderRule("inferfleet-failed-at", "When, epoch milliseconds.", _NATURAL, "always"),
     HeaderRule(names.SERVED, "What failed it; see the outcome's header.", _SERVED, "always"),
+    HeaderRule(
+        "inferfleet-cut",
+        "What the dead-letter topic had no room for; the request itself stands at its origin.",
+        r"body headers( key)?",
+    ),
 )
 """Behind the request's own headers, which stay untouched; so in a dead letter the last value wins."""

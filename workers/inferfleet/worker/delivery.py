@@ -29,7 +29,7 @@ from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.wire import headers as names
 from inferfleet.wire.encode import STATUS_OK, error_body, error_headers, ok_headers
 from inferfleet.wire.stored import payload_hash
-from inferfleet.worker.deadletter import dead_letter_headers, default_id
+from inferfleet.worker.deadletter import cut_letter, cut_outcome, dead_letter_headers, default_id
 from inferfleet.worker.parking import Parking
 from inferfleet.worker.plan import RoutePlan, VariantPlan
 from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt, Settling
@@ -262,13 +262,13 @@ class Delivery:
     # What outlets say
 
     def envelope_refused(self, receipt: EnvelopeReceipt, index: int, refusal: Refusal) -> None:
-        """Turn an answer that is too large into an error; park everything else for another try."""
+        """Turn an answer that is too large into an error, cut what else is, and park the rest."""
         settling, envelopes = receipt.settling, receipt.envelopes
         if not settling.chunk.live:
             return
         row = receipt.rows[index]
         plan = settling.plan
-        # An error that is refused as too large is parked: another error would be no smaller.
+        # An error that is refused as too large is cut, then parked: another error would be no smaller.
         is_answer = envelopes.destination in plan.topics and STATUS_OK in envelopes.headers[index]
         if refusal.kind is RefusalKind.TOO_LARGE and is_answer:
             error = Failures(
@@ -283,6 +283,12 @@ class Delivery:
             first = settling.replace(row, Code.RESULT_TOO_LARGE)
             self._publish_errors(settling, error, [envelopes.destination], store=False, dead_letters=first)
             return
+        if refusal.kind is RefusalKind.TOO_LARGE:
+            is_letter = envelopes.destination == plan.dead_letters
+            cut = cut_letter(envelopes, index) if is_letter else cut_outcome(envelopes, index)
+            if cut is not None:
+                self._outlet.publish(cut, EnvelopeReceipt(settling, cut, [row]))
+                return
         self._parking.park(receipt, index, refusal)
 
     def result_refused(self, receipt: ResultReceipt, index: int, refusal: Refusal) -> None:
