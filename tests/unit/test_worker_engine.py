@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,9 +217,10 @@ WRONG: dict[str, Callable[[Array], Tensors]] = {
 }
 
 
-def test_a_model_that_calls_exit_fails_like_one_that_raises() -> None:
+@pytest.mark.parametrize("error", [SystemExit(0), CancelledError()], ids=repr)
+def test_a_model_that_calls_exit_fails_like_one_that_raises(error: Any) -> None:
     """The device thread lives on, and the neighbours are answered."""
-    puppet = _puppet(fail_on=frozenset([2.0]), error=SystemExit(0))
+    puppet = _puppet(fail_on=frozenset([2.0]), error=error)
     _check(BatchRunner(puppet).run(_batch([1] * 5)), [1] * 5, {2: Code.MODEL})
 
 
@@ -287,7 +290,7 @@ def test_an_engine_loads_runs_and_closes_on_its_own_thread() -> None:
     assert repr(engine) == "Engine(m:1, in_flight=2)"
 
 
-@pytest.mark.parametrize("error", [ModelLoadError("no"), SystemExit(0)])
+@pytest.mark.parametrize("error", [ModelLoadError("no"), SystemExit(0), CancelledError()])
 def test_a_model_that_does_not_load_is_news_too(error: BaseException) -> None:
     """The error arrives as one that a person can read, and the thread ends."""
 

@@ -45,8 +45,9 @@ News = Loaded | Finished | None
 """What device threads and outlets put into the loop's queue; ``None`` only wakes it."""
 
 
-_MODEL_FAULTS = (Exception, SystemExit)
-"""What ends a run and not the thread: a model that calls ``exit()`` fails like one that raises."""
+_MODEL_FAULTS = BaseException
+"""What ends a run and not the thread: a model that calls ``exit()`` or lets a cancellation out fails like
+one that raises. Nobody else's signal arrives on a device thread."""
 
 
 class ModelOutputError(Exception):
@@ -102,8 +103,9 @@ class Engine:
         except Exception as error:
             self._news.put(Loaded(self, error))
             return
-        except SystemExit:
-            text = f"model {self.model} version {self.version}: its code called exit() while loading"
+        except BaseException as error:
+            said = "called exit()" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+            text = f"model {self.model} version {self.version}: its code {said} while loading"
             self._news.put(Loaded(self, ModelLoadError(text)))
             return
         runner = BatchRunner(model)
