@@ -378,3 +378,41 @@ def test_the_self_check_respects_the_largest_batch():
     selfcheck.check(puppet, "model m version 1", 2)
 
     assert puppet.runs == [1, 1, 2]
+
+
+NUMBERS = """
+runtime = "python"
+file = "model.py"
+[[input]]
+name = "x"
+datatype = "FP32"
+shape = [2]
+[[output]]
+name = "y"
+datatype = "FP32"
+shape = [2]
+"""
+IN_PLACE = """
+import numpy as np
+
+class Model:
+    def load(self, folder, device, parameters):
+        self.out = np.zeros((64, 2), np.float32)
+    def predict(self, tensors):
+        x = tensors["x"]
+        x *= 10
+        self.out[:len(x)] = x
+        return {"y": self.out[:len(x)]}
+"""
+
+
+def test_a_handler_may_write_to_its_inputs_and_reuse_its_outputs(folder):
+    """Requests stay what they are for a second try, and answers what they were when they are written."""
+    model = registry.load(folder.add({"model.py": IN_PLACE}, settings=NUMBERS), "cpu", 1)
+    x = np.array([[1, 2]], np.float32)
+    first = model.run({"x": x}, 1)
+    second = model.run({"x": x}, 1)
+    model.run({"x": x + 1}, 1)
+
+    assert x.tolist() == [[1, 2]]
+    assert first["y"].tolist() == second["y"].tolist() == [[10, 20]]

@@ -11,15 +11,15 @@ from inferfleet.records import Array, TensorSpec
 
 
 def as_array(value: Any, spec: TensorSpec | None) -> Array:
-    """Return ``value`` as an array: lists get the declared datatype, arrays stay as they are.
+    """Return ``value`` as an array of its own memory: lists get the declared datatype, arrays keep theirs.
 
     For BYTES every str becomes UTF-8 bytes, in lists and arrays alike; anything else there raises TypeError.
     """
     if spec is not None and spec.datatype == "BYTES":
         return _bytes_array(value, len(spec.shape) + 1)
     if isinstance(value, np.ndarray):
-        return value
-    return np.asarray(value, None if spec is None else DATATYPES[spec.datatype].numpy)
+        return value.copy()
+    return np.array(value, None if spec is None else DATATYPES[spec.datatype].numpy)
 
 
 def _bytes_array(value: Any, dimensions: int) -> Array:

@@ -11,8 +11,8 @@ A trusted version with ``runtime = "python"`` and ``file = "model.py"`` holds::
 
 ``entry_point = "module:Class"`` names another class. ``device`` is what the worker was told (``auto``,
 ``cpu``, ``cuda``, ``cuda:N``): the handler decides what ``auto`` means. ``tensors`` map input names to arrays
-whose first dimension is rows; each output must have as many rows, in the same order. A handler must not write
-to its inputs: they may be shared with the requests. An error whose attribute ``retryable`` is true, a
+whose first dimension is rows; each output must have as many rows, in the same order. A handler may write to its
+inputs and use its outputs' memory again: both are copied. An error whose attribute ``retryable`` is true, a
 TimeoutError and an OSError mean that trying again later can help; a MemoryError, that fewer rows may fit.
 Modules beside the handler are found as :mod:`.code` says.
 """
@@ -78,12 +78,15 @@ class PythonModel:
         self._specs = {spec.name: spec for spec in signature.outputs}
 
     def run(self, tensors: Tensors, rows: int) -> Tensors:
-        """Run the handler; lists become arrays of the declared datatype, arrays stay as they are.
+        """Run the handler on copies; lists become arrays of the declared datatype, arrays keep theirs.
 
+        A request may run again, and an answer is written while the next batch runs: a handler that works in
+        place would change either.
         A lack of memory becomes DeviceOutOfMemoryError; whatever else the handler raises comes out as it is.
         """
         try:
-            outputs = self._predict(tensors if self._prepare is None else self._prepare(tensors))
+            items = {name: array.copy() for name, array in tensors.items()}
+            outputs = self._predict(items if self._prepare is None else self._prepare(items))
         except SystemExit as error:
             # It would end the device's thread without a word.
             raise RuntimeError(f"the handler called exit({error.code!r})") from error
