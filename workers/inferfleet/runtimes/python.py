@@ -11,9 +11,9 @@ A trusted version with ``runtime = "python"`` and ``file = "model.py"`` holds::
 
 ``entry_point = "module:Class"`` names another class. ``device`` is what the worker was told (``auto``,
 ``cpu``, ``cuda``, ``cuda:N``): the handler decides what ``auto`` means. ``tensors`` map input names to arrays
-whose first dimension is rows; each output must have as many rows, in the same order. A handler may write to its
-inputs and use its outputs' memory again: both are copied. An error whose attribute ``retryable`` is true, a
-TimeoutError and an OSError mean that trying again later can help; a MemoryError, that fewer rows may fit.
+whose first dimension is rows; each output must have as many rows, in the same order. A handler may write to
+its inputs and use its outputs' memory again: both are copied. An error whose attribute ``retryable`` is true,
+a TimeoutError and an OSError mean that trying again later can help; a MemoryError, that fewer rows may fit.
 Modules beside the handler are found as :mod:`.code` says.
 """
 
