@@ -205,11 +205,12 @@ def test_requests_of_several_rows_and_of_more_than_a_batch_stay_whole(
 def test_both_group_protocols_and_until_idle(
     kafka: KafkaServer, tmp_path: Path, sender: Sender, protocol: str
 ) -> None:
-    """A worker with --until-idle answers what is there, commits it and exits 0; a second has nothing."""
+    """--until-idle answers everything, also what a killed worker still holds, and exits 0."""
     with Fleet(tmp_path, kafka, settings={"kafka": {"group_protocol": protocol}}) as fleet:
         fleet.checksum()
         fleet.route(partitions=3)
         fleet.prepare()
+        fleet.worker("w-0").kill()
         sent = {f"i-{n}": row_of(n) for n in range(2000)}
         for name, row in sent.items():
             sender.send(fleet.source("sums"), v2_body([row]), id=name)

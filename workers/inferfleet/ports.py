@@ -85,7 +85,10 @@ class Intake(Protocol):
         """Records not yet taken, per stream, as far as the client knows without asking."""
 
     def drained(self, timeout_s: float) -> bool:
-        """Whether nothing is left to take from any assigned stream; asks the broker."""
+        """Whether nothing is left of its sources, also of streams that nobody or somebody else holds.
+
+        Asks the broker: what is assigned here was taken to its end, all else is settled to its end.
+        """
 
     @property
     def joined(self) -> bool:

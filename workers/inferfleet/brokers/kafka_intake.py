@@ -18,7 +18,8 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from inferfleet.brokers.kafka_problems import Problems
+from inferfleet.brokers.kafka_problems import Problems, silent_logger
+from inferfleet.brokers.kafka_rest import Rest
 from inferfleet.errors import BrokerError
 from inferfleet.ports import IntakeListener
 from inferfleet.records import Chunk, Headers, Stream
@@ -92,7 +93,9 @@ class KafkaIntake:
         properties["on_commit"] = self._on_commit
         properties["error_cb"] = self._on_error
         self._consumer = Consumer(properties, logger=silent_logger())
+        self._rest = Rest(self._consumer, options.properties(), options.start == "earliest", clock)
         self._listener: IntakeListener | None = None
+        self._sources: list[str] = []
         self._assigned: dict[tuple[str, int], Stream] = {}
         self._epochs: dict[Stream, int] = {}
         self._paused: set[str] = set()
@@ -108,8 +111,9 @@ class KafkaIntake:
     def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
         """Subscribe to exactly these topics; the member joins during the following takes."""
         self._listener = listener
+        self._sources = sorted(sources)
         self._consumer.subscribe(
-            sorted(sources), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            self._sources, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
 
     def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
@@ -221,22 +225,12 @@ class KafkaIntake:
         return out
 
     def drained(self, timeout_s: float) -> bool:
-        """Ask the broker whether every assigned partition is consumed to its end."""
+        """Ask the broker whether the topics are taken to their end here, and settled to it elsewhere."""
         try:
-            for topic, number in list(self._assigned):
-                partition = TopicPartition(topic, number)
-                low, high = self._consumer.get_watermark_offsets(partition, timeout=timeout_s)
-                position = self._consumer.position([partition])[0].offset
-                if position < 0:
-                    position = self._consumer.committed([partition], timeout=timeout_s)[0].offset
-                if position < 0:
-                    position = low if self._options.start == "earliest" else high
-                if position < high:
-                    return False
+            return self._rest.empty(self._sources, self._assigned, timeout_s)
         except KafkaException as error:
             self._problem(error.args[0])
             return False
-        return True
 
     @property
     def joined(self) -> bool:
@@ -372,12 +366,3 @@ def _guarded(message: Message) -> Headers:
 
 def _shown(streams: Iterable[Stream]) -> str:
     return " ".join(f"{stream.source}[{stream.partition}]" for stream in streams)
-
-
-def silent_logger() -> Any:
-    """Return a logger for librdkafka's own lines: errors reach us through callbacks."""
-    import logging
-
-    logger = logging.getLogger("inferfleet.librdkafka")
-    logger.setLevel(logging.CRITICAL)
-    return logger

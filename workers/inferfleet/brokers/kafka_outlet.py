@@ -18,8 +18,7 @@ from typing import Any
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from inferfleet.brokers.kafka_intake import silent_logger
-from inferfleet.brokers.kafka_problems import Problems
+from inferfleet.brokers.kafka_problems import Problems, silent_logger
 from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Envelopes
 

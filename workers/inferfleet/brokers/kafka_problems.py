@@ -1,7 +1,8 @@
-"""What librdkafka complains about, told once per kind and outage instead of once per attempt."""
+"""What librdkafka complains about: once per kind and outage, by callbacks, never by lines of its own."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -38,3 +39,10 @@ class Problems:
     def over(self) -> None:
         """All is well: the next problem is news."""
         self._told_at.clear()
+
+
+def silent_logger() -> logging.Logger:
+    """Return a logger for librdkafka's own lines: errors reach us through callbacks."""
+    logger = logging.getLogger("inferfleet.librdkafka")
+    logger.setLevel(logging.CRITICAL)
+    return logger

@@ -110,11 +110,20 @@ class MemoryIntake:
 
     def _left(self, stream: Stream) -> int:
         log = self._broker.log(stream)
-        return len(log.records) - log.first_at(self._positions[stream])
+        position = self._positions.get(stream)
+        return len(log.records) - log.first_at(self._start_of(stream) if position is None else position)
+
+    def _start_of(self, stream: Stream) -> int:
+        start = 0 if self._start == "earliest" else self._broker.log(stream).end
+        return self._group.committed.get(stream, start)
 
     def drained(self, timeout_s: float) -> bool:  # noqa: ARG002 - the answer is here
-        """Return whether every owned partition was taken to its end."""
-        return not any(self._left(stream) for stream in self._positions)
+        """Return whether every partition of its sources is taken to its end, or settled to it elsewhere."""
+        return not any(
+            self._left(Stream(source, number))
+            for source in self._sources
+            for number in range(self._broker.partitions(source))
+        )
 
     @property
     def joined(self) -> bool:
@@ -170,8 +179,7 @@ class MemoryIntake:
 
     def _assign(self, streams: list[Stream]) -> None:
         for stream in streams:
-            start = 0 if self._start == "earliest" else self._broker.log(stream).end
-            self._positions[stream] = self._group.committed.get(stream, start)
+            self._positions[stream] = self._start_of(stream)
             self._epochs[stream] = self._epochs.get(stream, 0) + 1
         if streams and self._listener is not None:
             self._listener.assigned(streams)

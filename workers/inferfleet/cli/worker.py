@@ -214,7 +214,7 @@ def _wait_for_kafka(config: Config) -> None:
         ):
             refused.append(error)
 
-    from inferfleet.brokers.kafka_intake import silent_logger
+    from inferfleet.brokers.kafka_problems import silent_logger
 
     properties = {**kafka_client_config(config), "group.id": config.group, "error_cb": noticed}
     consumer = Consumer(properties, logger=silent_logger())
