@@ -391,6 +391,20 @@ def test_a_full_client_queue_holds_back_and_loses_nothing(kafka_bench: KafkaBenc
 
 
 @pytest.mark.service
+def test_a_group_that_meets_a_full_queue_is_answered_for_once(kafka_bench: KafkaBench) -> None:
+    """What its topic refuses as a batch follows record by record, each once, however long it waited."""
+    kafka_bench.outlet = kafka_bench.make(**{"queue.buffering.max.messages": 50, "linger.ms": 200})
+    topic = kafka_bench.topic(max_bytes=3000)
+    filler, rows = numbered(50), numbered(20, size=300)
+    told = [kafka_bench.hand_over(topic, filler), kafka_bench.hand_over(topic, rows)]
+    for _ in range(10):
+        kafka_bench.outlet.poll(0.005)
+    kafka_bench.until_told(*told)
+    assert [each.confirmed_rows for each in told] == [50, 20]
+    assert len(kafka_bench.held(topic)) == 70
+
+
+@pytest.mark.service
 def test_what_a_broker_did_not_take_in_time_is_refused_for_now(kafka: KafkaServer) -> None:
     """A broker that is away for longer than the client keeps records: each may pass later."""
     bench = KafkaBench(kafka)

@@ -152,7 +152,7 @@ class _Hand:
         topic, produce = envelopes.destination, self.producer.produce
         keys, values, headers = envelopes.keys, envelopes.values, envelopes.headers
         sent = group.sent
-        if not sent:
+        if not self.groups or self.groups[-1] is not group:  # it may wait for room more than once
             self.groups.append(group)
         while sent < len(values):
             at = sent
@@ -181,7 +181,8 @@ class _Hand:
             if not error.args[0].fatal():
                 raise
             self._died(error.args[0])
-        if self._fatal is not None and self._clock() >= self._replaced_at:
+        # Not before the dead one has told all it knows: what it holds would count as acknowledged.
+        if self._fatal is not None and self._clock() >= self._replaced_at and not len(self.producer):
             log.info("producer_replaced", error=self._fatal.str())
             self._fatal = None
             self.producer = Producer(self._properties, logger=silent_logger())
