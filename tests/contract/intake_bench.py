@@ -183,6 +183,7 @@ class KafkaBench(Bench):
     def __init__(self, server: KafkaServer, protocol: str) -> None:
         super().__init__()
         self.protocol = protocol
+        self.instance_id: str | None = None
         self._server = server
         self._config = {**server.client_config(), "log_level": 0}
         self._admin = server.admin()
@@ -210,7 +211,13 @@ class KafkaBench(Bench):
     def intake(self, start: str) -> KafkaIntake:
         overrides = {"log_level": 0, "max.poll.interval.ms": 6000, "metadata.max.age.ms": 2000}
         options = KafkaIntakeOptions(
-            self.group, self._config, start, self.protocol, session_timeout_ms=6000, overrides=overrides
+            self.group,
+            self._config,
+            start,
+            self.protocol,
+            session_timeout_ms=6000,
+            instance_id=self.instance_id,
+            overrides=overrides,
         )
         return KafkaIntake(options)
 

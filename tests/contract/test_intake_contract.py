@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from inferfleet.errors import BrokerError
 from inferfleet.records import Chunk, Stream
 from tests.contract.intake_bench import PATIENCE_S, Bench, KafkaBench, MemoryBench, Sent
+from tests.support.kafka_server import KafkaServer
 from tests.support.waiting import wait_until
 
 BENCHES = [
@@ -398,3 +400,27 @@ def test_taking_without_waiting_returns_what_is_there(bench: Bench) -> None:
 
     wait_until(lambda: len(taken()) == 3, PATIENCE_S, "three records are taken")
     assert reader.turn(max_wait_s=0.0) == []
+
+
+@pytest.mark.service
+def test_a_member_whose_place_was_taken_ends_with_an_error(kafka: KafkaServer) -> None:
+    """Two static members of one name: the first has lost its streams and says so, it does not sit there."""
+    bench = KafkaBench(kafka, "classic")
+    bench.instance_id = "same"
+    topic = bench.topic(2)
+    first = bench.join(topic)
+    bench.until(lambda: first.heard("assigned") == streams(topic, 0, 1), "the first has both", first)
+    second = bench.join(topic)
+    bench.until(lambda: second.heard("assigned") == streams(topic, 0, 1), "the second has both", second)
+
+    def ended() -> bool:
+        try:
+            first.turn()
+        except BrokerError as error:
+            return "fenced" in str(error)
+        return False
+
+    wait_until(ended, PATIENCE_S, "the first hears that it was replaced")
+    assert first.heard("lost") == streams(topic, 0, 1)
+    assert first.turn() == []
+    bench.close()

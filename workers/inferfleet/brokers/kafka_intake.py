@@ -104,6 +104,7 @@ class KafkaIntake:
         self._closed = False
         self._problems = Problems(clock)
         self._denied: str | None = None
+        self._fatal: KafkaError | None = None
 
     def __repr__(self) -> str:
         return f"KafkaIntake(group={self._options.group}, partitions={len(self._assigned)})"
@@ -127,7 +128,12 @@ class KafkaIntake:
             messages = self._consume(wanted, max_wait_s)
         except KafkaException as error:
             raise BrokerError(self._ended(error)) from error
-        return self._chunks(messages) if messages else []
+        chunks = self._chunks(messages) if messages else []
+        if self._fatal is not None:
+            fatal, self._fatal = KafkaException(self._fatal), None
+            self._on_lost(self._consumer, [TopicPartition(*where) for where in self._assigned])
+            raise BrokerError(self._ended(fatal))
+        return chunks
 
     def _ended(self, error: KafkaException) -> str:
         reason = error.args[0].str() if isinstance(error.args[0], KafkaError) else error
@@ -327,6 +333,9 @@ class KafkaIntake:
         if error.code() in _DENIED:
             said = f"{error.str()} ({error.name()})"
             self._denied = f"kafka refuses group {self._options.group}: {said}"
+        if error.code() == KafkaError._FATAL:
+            # The member would sit there for ever: it takes nothing, and its group may have replaced it.
+            self._fatal = error
         self._problems.tell(error)
 
 
