@@ -159,21 +159,26 @@ def compare(
 
 
 def summary(workload: str, done: Sequence[Drain]) -> dict[str, Any]:
-    """Return medians per subject, the worker's ratio to the bare loop, and every run."""
-    names = list(dict.fromkeys(one.subject for one in done))
-    of = {name: [one for one in done if one.subject == name] for name in names}
-    steady = {name: statistics.median(one.steady for one in ones) for name, ones in of.items()}
-    per_cpu = {name: statistics.median(one.per_cpu_s for one in ones) for name, ones in of.items()}
+    """Return medians per subject, the worker's ratio to the bare loop, and every run.
+
+    The ratio is the median over pairs of neighbouring runs: what else the machine does moves both of a pair
+    more alike than it moves runs that lie minutes apart.
+    """
+    of: dict[str, list[Drain]] = {}
+    for one in done:
+        of.setdefault(one.subject, []).append(one)
+    pairs = list(zip(of.get(subjects.BARE, []), of.get(subjects.WORKER, []), strict=False))
     return {
         "workload": workload,
-        "median_per_s": steady,
-        "median_per_cpu_s": per_cpu,
-        "ratio": _ratio(steady),
-        "ratio_per_cpu_s": _ratio(per_cpu),
+        "median_per_s": {name: statistics.median(one.steady for one in ones) for name, ones in of.items()},
+        "median_per_cpu_s": {
+            name: statistics.median(one.per_cpu_s for one in ones) for name, ones in of.items()
+        },
+        "ratio": _median([worker.steady / bare.steady for bare, worker in pairs]),
+        "ratio_per_cpu_s": _median([worker.per_cpu_s / bare.per_cpu_s for bare, worker in pairs]),
         "runs": [asdict(one) for one in done],
     }
 
 
-def _ratio(of: dict[str, float]) -> float | None:
-    bare, worker = of.get(subjects.BARE), of.get(subjects.WORKER)
-    return worker / bare if bare and worker else None
+def _median(ratios: list[float]) -> float | None:
+    return statistics.median(ratios) if ratios else None
