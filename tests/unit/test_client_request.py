@@ -147,3 +147,9 @@ def test_a_session_reads_routes_and_addresses_from_the_configuration(tmp_path: A
     assert session.place.url == "redis://other:1/0"
     message, _ = session.prepare("digits", Request({"image": [1]}, id="a", key="k"))
     assert (message.topic, message.key, message.value) == ("digits.requests", b"k", b'{"image":[1]}')
+
+
+def test_inputs_of_another_type_are_named() -> None:
+    """A bare string is a mistake, and is told so before anything is sent."""
+    with pytest.raises(TypeError, match="not str"):
+        Request("hello")  # type: ignore[arg-type]

@@ -317,6 +317,8 @@ def load_with_origins(path: Path | None, environ: Mapping[str, str]) -> tuple[Co
     """
     path = path or Path(environ.get(PATH_VARIABLE) or DEFAULT_PATH)
     hint = "" if path.name != str(DEFAULT_PATH) else f" (name it by --config or {PATH_VARIABLE})"
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a folder; name the file in it")
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist{hint}")
     text = tables.read_text(path, "config file")

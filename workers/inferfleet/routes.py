@@ -219,7 +219,8 @@ def _destination(text: str, place: str, key: str) -> Destination:
         raise ConfigError(
             f'{place}: {key} "{text}": a topic has at most 249 of the characters a-z A-Z 0-9 . _ -'
         )
-    raise ConfigError(f'{place}: {key} "{text}" must be kafka:TOPIC or redis{_kind_hint(kind)}')
+    wanted = "kafka:TOPIC" if key == "source" else "kafka:TOPIC or redis"
+    raise ConfigError(f'{place}: {key} "{text}" must be {wanted}{_kind_hint(kind)}')
 
 
 _TOPIC_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")

@@ -71,7 +71,8 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
         said = str(error)
         place = _TOML_PLACE.match(said)
         if place:
-            raise ConfigError(f"{origin}:{place[2]}: {place[1]}") from None
+            hint = " (text stands in quotes)" if place[1] == "Invalid value" else ""
+            raise ConfigError(f"{origin}:{place[2]}: {place[1]}{hint}") from None
         end = _TOML_END.match(said)
         lines = text.count("\n") + 1
         raise ConfigError(f"{origin}:{lines}: {end[1] if end else said}") from None

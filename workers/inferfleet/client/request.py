@@ -43,6 +43,11 @@ class Request:
     topic: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping | bytes):
+            raise TypeError(
+                "inputs are a dict of arrays by name, a V2 document or bytes, "
+                f"not {type(self.inputs).__name__}"
+            )
         if self.deadline_ms is not None and 0 <= self.deadline_ms < _EPOCH_2001_MS:
             raise ValueError(
                 f"deadline_ms is an instant in epoch milliseconds, {self.deadline_ms} is long past; "
