@@ -83,7 +83,7 @@ REQUEST_HEADERS = (
         _INTEGER,
     ),
     HeaderRule(
-        names.PRIORITY, "1 (highest) to 9; 5 when absent. Orders waiting rows, not the topic.", r"[1-9]"
+        names.PRIORITY, "1 (highest) to 9; 5 when absent. Orders waiting rows, not the topic.", r"0*[1-9]"
     ),
     HeaderRule(names.REPLY, "The client's reply stream in Redis.", r"[A-Za-z0-9_.-]{1,64}"),
     HeaderRule(names.TRACEPARENT, "W3C trace context; goes on to the outcome.", _TRACE),
