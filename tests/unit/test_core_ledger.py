@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from inferfleet.core.ledger import Ledger
-from inferfleet.records import Chunk, Stream
+from inferfleet.records import Chunk, Headers, Stream
 from tests.support.builders import chunk
 
 STREAMS = [Stream("a", 0), Stream("a", 1), Stream("b", 0)]
@@ -149,3 +149,12 @@ def test_the_oldest_record_is_the_first_open_one_of_each_stream() -> None:
     ledger.settle(new, [0])
     assert ledger.oldest_timestamp_ms(["a"]) is None
     assert repr(ledger) == "Ledger(streams=2, open_chunks=3)"
+
+
+def test_headers_count_towards_a_chunks_size() -> None:
+    """A client that fills its headers fills the worker's memory, so the bound on bytes counts them."""
+    big: Headers = [("h", b"x" * 1_000)]
+
+    assert chunk([b"body", b"body"], [big, big]).size_bytes == 2 * (4 + 1_001)
+    assert chunk([b"body", b"body"], [big, None]).size_bytes == 8 + 1_001
+    assert chunk([b"body", b"body"]).size_bytes == 8

@@ -44,6 +44,17 @@ class Stream(NamedTuple):
     partition: int
 
 
+def _header_bytes(headers: list[Headers]) -> int:
+    """Return the size of a chunk's headers; equal ones, as one producer sends them, are measured once."""
+    if not headers or headers.count(headers[0]) == len(headers):
+        return len(headers) * _record_header_bytes(headers[0]) if headers else 0
+    return sum(map(_record_header_bytes, headers))
+
+
+def _record_header_bytes(headers: Headers) -> int:
+    return 0 if headers is None else sum([len(name) + len(value or b"") for name, value in headers])
+
+
 class Chunk:
     """Records of one stream that arrived together, as columns; the unit of taking and settling.
 
@@ -86,7 +97,7 @@ class Chunk:
         self.headers = headers
         self.timestamps_ms = timestamps_ms
         self.taken_at = taken_at
-        self.size_bytes = sum([len(value) for value in values if value is not None])
+        self.size_bytes = sum([len(value) for value in values if value is not None]) + _header_bytes(headers)
         self.settled = bytearray(len(positions))
         self.open = len(positions)
         self.live = True

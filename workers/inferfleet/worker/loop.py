@@ -342,6 +342,8 @@ class WorkerLoop:
         while self.ledger.open_records(streams) and (left := until - self._clock.monotonic()) > 0:
             self._pump(flush=True)
             self._listen(min(left, BUSY_WAIT_S))
+        # Also what was committed in the background: if that is still refused, nobody repeats it later.
+        self.ledger.repeat(streams)
         positions = self.ledger.positions(streams)
         self._give_up(streams)
         return positions
