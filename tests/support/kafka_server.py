@@ -196,7 +196,8 @@ class KafkaServer:
         lines = [f"{key}={value}" for key, value in self._settings().items()]
         (self.folder / "server.properties").write_text("\n".join(lines) + "\n")
         (self.folder / "log4j2.yaml").write_text(_LOG4J)
-        cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # A leading letter: one id in 64 would start with a hyphen, which the tool takes for an option.
+        cluster_id = "i" + urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
         scram: list[str] = []
         if self.sasl_ssl:
             for name, password in self.users.items():
