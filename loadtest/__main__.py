@@ -95,7 +95,12 @@ def memory(obj: tuple[str | None, Path | None], first: int, last: int, output: P
 
 @main.command()
 @click.option("--runs", type=click.IntRange(1), default=3, help="Runs of each size, in turn.")
-@click.option("--records", type=click.IntRange(100), default=800, help="Texts a run.")
+@click.option(
+    "--records",
+    type=click.IntRange(100),
+    default=3_000,
+    help="Texts a run: many, or the second worker joins near the end.",
+)
 @_output
 @click.pass_obj
 def scale(obj: tuple[str | None, Path | None], runs: int, records: int, output: Path | None) -> None:

@@ -19,7 +19,7 @@ from loadtest.workloads import EMBED
 
 
 def compare(
-    on: Stage, *, runs: int = 3, records: int = 800, tell: Callable[[str], None] = print
+    on: Stage, *, runs: int = 3, records: int = 3_000, tell: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Drain alternately with one worker and with two; return medians and their ratio."""
     requests = on.cluster.create("scale.requests")
