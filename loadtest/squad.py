@@ -76,12 +76,7 @@ class Squad:
             time.sleep(0.1)
 
     def _members(self, admin: AdminClient) -> int:
-        future = admin.describe_consumer_groups([self.group], request_timeout=10)[self.group]
-        try:
-            members = future.result().members
-        except KafkaException:
-            return 0
-        return sum(bool(member.assignment and member.assignment.topic_partitions) for member in members)
+        return members(admin, self.group)
 
     def finish(self) -> None:
         """Let every worker drain; ``codes`` is complete afterwards, -9 for one that took too long."""
@@ -111,3 +106,13 @@ def write_squad(fleet: Fleet, delay_ms: float, protocol: str) -> Squad:
     write_checksum_model(Repository(fleet.repository), fleet.model, "1", delay_ms_per_batch=delay_ms)
     config = write_fleet(fleet, fleet.repository.parent)
     return Squad(config, f"{fleet.name}.default", {"INFERFLEET__KAFKA__GROUP_PROTOCOL": protocol})
+
+
+def members(admin: AdminClient, group: str) -> int:
+    """Return how many members of ``group`` hold partitions; 0 for a group that does not exist yet."""
+    future = admin.describe_consumer_groups([group], request_timeout=10)[group]
+    try:
+        found = future.result().members
+    except KafkaException:
+        return 0
+    return sum(bool(member.assignment and member.assignment.topic_partitions) for member in found)
