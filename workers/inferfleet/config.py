@@ -94,11 +94,18 @@ class Kafka(Section, frozen=True):
 
 
 class RabbitMQ(Section, frozen=True):
-    """The RabbitMQ broker."""
+    """The RabbitMQ broker; ``reply_to`` lists, with ``*``, the queues that a request may name as its own."""
 
     url: str = "amqp://localhost/"
     username: str = ""
     password: str = ""
+    ca_file: str = ""
+    insecure: bool = False
+    heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 10
+    prefetch: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    publish_timeout_s: Annotated[float, Meta(gt=0)] = 15
+    consumer_timeout_s: Annotated[float, Meta(gt=0)] = 1800
+    reply_to: tuple[str, ...] = ("amq.gen-*", "amq.rabbitmq.reply-to.*")
 
 
 class Redis(Section, frozen=True):
@@ -128,7 +135,10 @@ class Routes(Section, frozen=True):
 
 
 class Worker(Section, frozen=True):
-    """One worker process. ``threads`` 0 means what the cgroup grants."""
+    """One worker process. ``threads`` 0 means what the cgroup grants.
+
+    ``state`` is a folder for what must outlive a crash; by default one in the system's temporary folder.
+    """
 
     pool: Name = "default"
     id: OptionalName = ""
@@ -138,6 +148,7 @@ class Worker(Section, frozen=True):
         Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)\Z", description='"auto", "cpu", "cuda" or "cuda:1"'),
     ] = "auto"
     threads: NotNegative = 0
+    state: str = ""
     drain_timeout_s: Annotated[float, Meta(gt=0)] = 20
     admin_address: Address = "127.0.0.1:8471"
 

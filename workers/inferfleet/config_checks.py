@@ -57,6 +57,9 @@ def check(config: Config, path: Path) -> None:
             ) from None
     for section in ("redis", "control"):
         _check_redis(f"{path}: [{section}]", getattr(config, section))
+    for url in config.rabbitmq.url.split(","):
+        if not url.strip().startswith(("amqp://", "amqps://")):
+            raise ConfigError(f"{path}: [rabbitmq] url must start with amqp:// or amqps://")
     for code in config.dlt.include:
         if code not in set(Code):
             mend = tables.nearest(code, set(Code))

@@ -6,7 +6,7 @@ is list building inside tight loops. Nothing here knows a broker, a clock or a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,10 +38,34 @@ class Signature:
 
 
 class Stream(NamedTuple):
-    """An ordered source of records: one Kafka partition, or one RabbitMQ channel carrying one queue."""
+    """An ordered source of records: one Kafka partition, or one RabbitMQ channel carrying one queue.
+
+    ``source`` is an address (:mod:`inferfleet.addresses`). Channels are numbered, and no number comes twice,
+    so a delivery tag of a channel that is gone names a stream that is gone.
+    """
 
     source: str
     partition: int
+
+
+class Amqp(NamedTuple):
+    """What a RabbitMQ message has beside key, headers and body; ``table`` is its header table as it came."""
+
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    message_id: str | None = None
+    table: Mapping[str, Any] | None = None
+    redelivered: bool = False
+
+
+class Origin(NamedTuple):
+    """Where a record that comes for another attempt stood first, and which attempt this is, from 1."""
+
+    source: str
+    partition: int
+    position: int
+    timestamp_ms: int
+    attempt: int
 
 
 def _header_bytes(headers: list[Headers]) -> int:
@@ -60,15 +84,24 @@ class Chunk:
 
     ``settled`` holds one byte per record: 0 while its outcome is unconfirmed, 1 afterwards. Settling a
     record twice changes nothing. ``live`` turns false when the stream is taken away (its epoch ended):
-    whatever still finishes for such a chunk is dropped at hand-over.
+    whatever still finishes for such a chunk is dropped at hand-over, unless it is ``orphaned``: then it is
+    published and remembered, because the same records come again to answer.
+
+    Three columns may stand beside them: ``amqp``, what RabbitMQ messages carry; ``fallback_ids``, what
+    records without an id of their own are called where not by their position; ``origins``, where records that
+    came through a retry topic stood first.
     """
 
     __slots__ = (
+        "amqp",
         "epoch",
+        "fallback_ids",
         "headers",
         "keys",
         "live",
         "open",
+        "origins",
+        "orphaned",
         "positions",
         "settled",
         "size_bytes",
@@ -88,6 +121,10 @@ class Chunk:
         headers: list[Headers],
         timestamps_ms: list[int],
         taken_at: float,
+        *,
+        amqp: list[Amqp] | None = None,
+        fallback_ids: list[str] | None = None,
+        origins: list[Origin] | None = None,
     ) -> None:
         self.stream = stream
         self.epoch = epoch
@@ -101,6 +138,10 @@ class Chunk:
         self.settled = bytearray(len(positions))
         self.open = len(positions)
         self.live = True
+        self.orphaned = False
+        self.amqp = amqp
+        self.fallback_ids = fallback_ids
+        self.origins = origins
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -112,15 +153,25 @@ class Chunk:
 
     def alone(self, row: int) -> Chunk:
         """Return a chunk of just this record, for reading it apart from its neighbours."""
+        return self._cut(row, row + 1)
+
+    def head(self, count: int) -> Chunk:
+        """Return a chunk of the first ``count`` records, in place of this one."""
+        return self._cut(0, count)
+
+    def _cut(self, low: int, high: int) -> Chunk:
         return Chunk(
             self.stream,
             self.epoch,
-            [self.positions[row]],
-            [self.keys[row]],
-            [self.values[row]],
-            [self.headers[row]],
-            [self.timestamps_ms[row]],
+            self.positions[low:high],
+            self.keys[low:high],
+            self.values[low:high],
+            self.headers[low:high],
+            self.timestamps_ms[low:high],
             self.taken_at,
+            amqp=None if self.amqp is None else self.amqp[low:high],
+            fallback_ids=None if self.fallback_ids is None else self.fallback_ids[low:high],
+            origins=None if self.origins is None else self.origins[low:high],
         )
 
     def settle(self, rows: Sequence[int]) -> int:
@@ -318,11 +369,15 @@ class Answer(NamedTuple):
 
 
 class RowFailure(NamedTuple):
-    """One request (``part`` holds just that one) that the model failed, and why."""
+    """One request (``part`` holds just that one) that the model failed, and why.
+
+    ``retryable``: the same request may pass later (the handler says so, a timeout, an OSError).
+    """
 
     part: Requests
     code: Code
     text: str
+    retryable: bool = False
 
 
 @dataclass(slots=True)
@@ -339,16 +394,33 @@ class BatchResult:
 
 @dataclass(slots=True)
 class Envelopes:
-    """Outcomes for one topic or queue, as columns; ``headers`` are ready to be handed to the client."""
+    """Outcomes for one destination, as columns; ``headers`` are ready to be handed to the client.
+
+    ``amqp`` says what a RabbitMQ message keeps of its request: with the destination ``reply:`` it names the
+    queue of each. ``expirations_ms`` says how long each message waits in a queue for delayed attempts.
+    """
 
     destination: str
     keys: list[bytes | None]
     values: list[bytes]
     headers: list[list[Header]]
+    amqp: list[Amqp] | None = None
+    expirations_ms: list[int] | None = None
 
     def __len__(self) -> int:
         """Return the number of envelopes."""
         return len(self.values)
+
+    def only(self, index: int) -> Envelopes:
+        """Return the envelope ``index`` as a column set of its own."""
+        return Envelopes(
+            self.destination,
+            [self.keys[index]],
+            [self.values[index]],
+            [self.headers[index]],
+            None if self.amqp is None else [self.amqp[index]],
+            None if self.expirations_ms is None else [self.expirations_ms[index]],
+        )
 
 
 @dataclass(slots=True)

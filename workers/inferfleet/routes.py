@@ -23,7 +23,10 @@ DestinationKind = Literal["kafka", "rabbitmq", "redis", "reply"]
 
 
 class Destination(NamedTuple):
-    """Where requests come from or outcomes go; ``name`` is a topic, a queue, or empty."""
+    """Where requests come from or outcomes go.
+
+    ``name`` is a topic, a queue (as a source), ``EXCHANGE/ROUTING_KEY`` (as a result), or empty.
+    """
 
     kind: DestinationKind
     name: str
@@ -182,8 +185,6 @@ def _route(entry: Mapping[str, Any], index: int, fleet: str, origin: str) -> Rou
     plain = {key: Leaf(value, origin) for key, value in entry.items() if key not in ("variants", "shadows")}
     table = tables.build(_RouteTable, plain, where, extra=("variants", "shadows"), origin=origin)
     source = _destination(table.source, place, "source")
-    if source.kind == "redis":
-        raise ConfigError(f"{place}: source must be kafka:TOPIC, requests are not taken from redis")
     results = tuple(_destination(each, place, "results") for each in table.results)
     _check_results(source, results, place)
     return Route(
@@ -203,31 +204,53 @@ _COPIED = tuple(
 def _check_results(source: Destination, results: Sequence[Destination], place: str) -> None:
     if len(set(results)) != len(results):
         raise ConfigError(f"{place}: results names a destination twice")
-    if source in results:
+    if source in results or Destination("rabbitmq", f"/{source.name}") in results:
         raise ConfigError(f"{place}: {source} is source and result; it would answer its own answers")
+    if Destination("reply", "") in results and source.kind != "rabbitmq":
+        raise ConfigError(f"{place}: results names reply, which only requests from a rabbitmq:QUEUE can have")
 
 
 def _destination(text: str, place: str, key: str) -> Destination:
     kind, _, name = text.partition(":")
-    if kind in ("rabbitmq", "reply"):
-        raise ConfigError(f'{place}: {key} "{text}" is not available yet in this release; use kafka:TOPIC')
-    if kind == "redis" and ":" not in text:
-        return Destination("redis", "")
+    if key == "results" and text in ("redis", "reply"):
+        return Destination(text, "")  # type: ignore[arg-type]  # one of two literals
+    said = f'{place}: {key} "{text}"'
     if kind == "kafka" and name:
         if len(name) <= 249 and name not in (".", "..") and set(name) <= _TOPIC_CHARACTERS:
             return Destination("kafka", name)
+        raise ConfigError(f"{said}: a topic has at most 249 of the characters a-z A-Z 0-9 . _ -")
+    if kind == "rabbitmq" and name:
+        return _rabbitmq(name, said, key)
+    raise ConfigError(f"{said} must be {_WANTED[key]}{_kind_hint(kind, key)}")
+
+
+def _rabbitmq(name: str, said: str, key: str) -> Destination:
+    exchange, slash, routing_key = name.partition("/")
+    if (
+        not name.isprintable()
+        or " " in name
+        or any(len(part.encode()) > 255 for part in (exchange, routing_key))
+    ):
+        raise ConfigError(f"{said}: a name is at most 255 bytes, without spaces and control characters")
+    if key == "source" and slash:
+        raise ConfigError(f"{said}: a source is a queue, rabbitmq:QUEUE, without a slash")
+    if key == "results" and not (slash and routing_key):
         raise ConfigError(
-            f'{place}: {key} "{text}": a topic has at most 249 of the characters a-z A-Z 0-9 . _ -'
+            f"{said}: a result is rabbitmq:EXCHANGE/ROUTING_KEY; rabbitmq:/QUEUE reaches a queue by its name"
         )
-    wanted = "kafka:TOPIC" if key == "source" else "kafka:TOPIC or redis"
-    raise ConfigError(f'{place}: {key} "{text}" must be {wanted}{_kind_hint(kind)}')
+    return Destination("rabbitmq", name)
 
 
 _TOPIC_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_WANTED = {
+    "source": "kafka:TOPIC or rabbitmq:QUEUE",
+    "results": "kafka:TOPIC, rabbitmq:EXCHANGE/ROUTING_KEY, redis or reply",
+}
 
 
-def _kind_hint(kind: str) -> str:
-    return "" if kind in ("kafka", "redis") else tables.nearest(kind, ["kafka", "redis"])
+def _kind_hint(kind: str, key: str) -> str:
+    kinds = ["kafka", "rabbitmq"] if key == "source" else ["kafka", "rabbitmq", "redis", "reply"]
+    return "" if kind in kinds else tables.nearest(kind, kinds)
 
 
 def _variants(

@@ -47,10 +47,7 @@ class Parking:
             parked.next_at = self._clock.monotonic() + parked.delay_s
         settling.open += 1
         parked.routes.add(route)
-        single = Envelopes(
-            destination, [envelopes.keys[index]], [envelopes.values[index]], [envelopes.headers[index]]
-        )
-        parked.groups.append((settling, single, [receipt.rows[index]]))
+        parked.groups.append((settling, envelopes.only(index), [receipt.rows[index]]))
 
     def retry(self, now: float, *, force: bool = False) -> None:
         """Offer what was refused again, where its pause has ended; a further refusal doubles the pause."""
