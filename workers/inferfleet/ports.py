@@ -81,6 +81,13 @@ class Intake(Protocol):
     def resume(self, sources: Collection[str]) -> None:
         """Take from these sources again."""
 
+    def defer(self, stream: Stream, position: int, until_s: float) -> None:
+        """Take nothing more of this stream until the monotonic time ``until_s``, then from ``position``.
+
+        ``position`` lies in what the last take brought of the stream: what was taken below it stays taken.
+        A stream that changes hands starts anew; one that is not owned here is left alone.
+        """
+
     def lag(self) -> dict[Stream, int]:
         """Records not yet taken, per stream, as far as the client knows without asking."""
 
@@ -140,6 +147,48 @@ class ResultOutlet(Protocol):
 
     def close(self, timeout_s: float) -> int:
         """Wait up to ``timeout_s`` for what is pending; return how many stay unconfirmed."""
+
+
+class PauseBoard(Protocol):
+    """Which routes are paused, and why; where it is shared, the whole pool sees the same.
+
+    Nothing here waits for a server or raises: what a board cannot share now it keeps, and shares it later.
+    """
+
+    def watch(self, routes: Collection[str]) -> None:
+        """Follow exactly these routes from now on."""
+
+    def current(self) -> Mapping[str, str]:
+        """Return the paused routes with their reasons, as far as is known."""
+
+    def pause(self, route: str, reason: str) -> None:
+        """Pause a route; one that is paused keeps its reason."""
+
+    def resume(self, route: str) -> None:
+        """Take the pause away, whoever set it."""
+
+    def close(self) -> None:
+        """Share what is not shared yet, within a bound, and stop following."""
+
+
+class CrashMarks(Protocol):
+    """What outlives this process: that it runs, and the mark of its quarantine (`core.quarantine`).
+
+    Every call waits within a bound and none raises: a mark that cannot be written costs another crash, the
+    worker's stopping would cost more.
+    """
+
+    def load(self) -> dict[str, int] | None:
+        """Return the mark that the last process left; ``None`` if it ended cleanly or there was none."""
+
+    def running(self) -> None:
+        """Note that a process runs; a mark that stands, stays."""
+
+    def save(self, mark: Mapping[str, int]) -> None:
+        """Put ``mark`` in the place of the one before."""
+
+    def ended(self) -> None:
+        """Note that the process ends cleanly."""
 
 
 class LoadedModel(Protocol):

@@ -18,6 +18,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from inferfleet.brokers.kafka_holds import Holds
 from inferfleet.brokers.kafka_problems import Problems, silent_logger
 from inferfleet.brokers.kafka_rest import Rest
 from inferfleet.errors import BrokerError
@@ -98,7 +99,7 @@ class KafkaIntake:
         self._sources: list[str] = []
         self._assigned: dict[tuple[str, int], Stream] = {}
         self._epochs: dict[Stream, int] = {}
-        self._paused: set[str] = set()
+        self._holds = Holds(self._consumer, self._assigned)
         self._peak_bytes = 1
         self._was_assigned = False
         self._closed = False
@@ -124,6 +125,10 @@ class KafkaIntake:
         one record's worth when sizes jump.
         """
         wanted = max(1, min(max_records, max_bytes // self._peak_bytes))
+        if self._holds.deferred:
+            now = self._clock()
+            next_s = self._holds.due(now)
+            max_wait_s = max_wait_s if next_s is None else min(max_wait_s, next_s - now)
         try:
             messages = self._consume(wanted, max_wait_s)
         except KafkaException as error:
@@ -201,20 +206,27 @@ class KafkaIntake:
 
     def pause(self, sources: Collection[str]) -> None:
         """Stop fetching from these topics."""
-        self._paused |= set(sources)
-        partitions = self._of(sources)
-        if partitions:
-            self._consumer.pause(partitions)
+        self._holds.pause(sources)
 
     def resume(self, sources: Collection[str]) -> None:
         """Fetch from these topics again."""
-        self._paused -= set(sources)
-        partitions = self._of(sources)
-        if partitions:
-            self._consumer.resume(partitions)
+        self._holds.resume(sources)
 
-    def _of(self, sources: Collection[str]) -> list[TopicPartition]:
-        return [TopicPartition(topic, number) for topic, number in self._assigned if topic in sources]
+    def defer(self, stream: Stream, position: int, until_s: float) -> None:
+        """Fetch nothing from this partition until ``until_s``, then from ``position``.
+
+        Raises :class:`~inferfleet.errors.BrokerError` where the client will not go back: nothing may be
+        settled past records that were never taken.
+        """
+        where = (stream.source, stream.partition)
+        if where not in self._assigned:
+            return
+        try:
+            self._holds.defer(where, position, until_s)
+        except KafkaException as error:
+            raise BrokerError(
+                f"kafka does not go back to {position} in {_shown([stream])}: {error.args[0].str()}"
+            ) from error
 
     def lag(self) -> dict[Stream, int]:
         """Return high watermark minus position, for partitions that were fetched from."""
@@ -226,12 +238,16 @@ class KafkaIntake:
                 position = self._consumer.position([partition])[0].offset
             except KafkaException:
                 continue
+            if position < 0:
+                position = self._holds.sought((topic, number))
             if high >= 0 and position >= 0:
                 out[stream] = max(0, high - position)
         return out
 
     def drained(self, timeout_s: float) -> bool:
         """Ask the broker whether the topics are taken to their end here, and settled to it elsewhere."""
+        if self._holds.deferred:
+            return False
         try:
             return self._rest.empty(self._sources, self._assigned, timeout_s)
         except KafkaException as error:
@@ -272,9 +288,7 @@ class KafkaIntake:
             self._assigned[partition.topic, partition.partition] = stream
             self._epochs[stream] = self._epochs.get(stream, 0) + 1
             streams.append(stream)
-        paused = [p for p in partitions if p.topic in self._paused]
-        if paused:
-            consumer.pause(paused)
+        self._holds.assigned([(p.topic, p.partition) for p in partitions])
         log.info("partitions_assigned", partitions=_shown(streams), owned=len(self._assigned))
         if self._listener is not None:
             self._listener.assigned(streams)
@@ -311,8 +325,10 @@ class KafkaIntake:
         log.warning("partitions_lost", partitions=_shown(streams), owned=len(self._assigned))
 
     def _forget(self, streams: Iterable[Stream]) -> None:
-        for stream in streams:
-            self._assigned.pop((stream.source, stream.partition), None)
+        gone = [(stream.source, stream.partition) for stream in streams]
+        for where in gone:
+            self._assigned.pop(where, None)
+        self._holds.forgotten(gone)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         refused = partitions if error is not None else [p for p in partitions if p.error is not None]

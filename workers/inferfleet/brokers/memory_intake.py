@@ -29,6 +29,7 @@ class MemoryIntake:
         self._positions: dict[Stream, int] = {}
         self._epochs: dict[Stream, int] = {}
         self._paused: set[str] = set()
+        self._deferred: dict[Stream, float] = {}
         self._refused: list[Stream] = []
         self._turn = 0
         self._closed = False
@@ -47,7 +48,7 @@ class MemoryIntake:
             raise RuntimeError("the intake is closed")
         chunks = self._take_once(max_records, max_bytes)
         if not chunks and max_wait_s > 0:
-            self._broker.wait(max_wait_s)
+            self._broker.wait(self._next_due(max_wait_s))
             chunks = self._take_once(max_records, max_bytes)
         return chunks
 
@@ -69,7 +70,13 @@ class MemoryIntake:
 
     def _fetchable(self) -> list[Stream]:
         """Return the streams to fetch from, another one first each time."""
-        streams = [stream for stream in self._positions if stream.source not in self._paused]
+        now = self._broker.clock.monotonic()
+        self._deferred = {stream: until_s for stream, until_s in self._deferred.items() if until_s > now}
+        streams = [
+            stream
+            for stream in self._positions
+            if stream.source not in self._paused and stream not in self._deferred
+        ]
         if not streams:
             return []
         self._turn = (self._turn + 1) % len(streams)
@@ -103,6 +110,17 @@ class MemoryIntake:
     def resume(self, sources: Collection[str]) -> None:
         """Take from these topics again."""
         self._paused -= set(sources)
+
+    def defer(self, stream: Stream, position: int, until_s: float) -> None:
+        """Take nothing more of this partition until ``until_s``, then from ``position``."""
+        if stream in self._positions:
+            self._positions[stream] = position
+            self._deferred[stream] = until_s
+
+    def _next_due(self, max_wait_s: float) -> float:
+        """Return how long to wait: until the next deferred partition is due at most."""
+        now = self._broker.clock.monotonic()
+        return min([max_wait_s, *(until_s - now for until_s in self._deferred.values())])
 
     def lag(self) -> dict[Stream, int]:
         """Return how many records of each owned partition are not taken yet."""
@@ -202,3 +220,4 @@ class MemoryIntake:
     def _forget(self, streams: Iterable[Stream]) -> None:
         for stream in streams:
             del self._positions[stream]
+            self._deferred.pop(stream, None)
