@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from inferfleet.control.pauses import LocalPauses
 
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_outlet import MemoryOutlet
@@ -19,6 +20,7 @@ from inferfleet.results.memory import MemoryResults
 from inferfleet.routes import RouteTable, parse_routes
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
+from inferfleet.testing.marks import MemoryMarks
 from inferfleet.testing.puppet import PuppetModel, Script
 from inferfleet.worker import lifecycle
 from inferfleet.worker.engine import BatchRunner, Engine, Finished, Loaded
@@ -142,6 +144,9 @@ class Life:
                 clock=self.clock,
                 news=news,
                 read_routes=lambda: self.routes,
+                pauses=LocalPauses(),
+                marks=MemoryMarks(),
+                brokers=frozenset({"kafka"}),
             ),
         )
 

@@ -15,10 +15,11 @@ from inferfleet.ports import Refusal, RefusalKind
 from inferfleet.records import Answer, Batch, BatchResult, Chunk, Stream
 from inferfleet.results.memory import MemoryResults
 from inferfleet.wire.encode import AnswerWriter
-from inferfleet.worker import delivery
-from inferfleet.worker.delivery import Delivery, EnvelopeReceipt, ResultReceipt
+from inferfleet.worker import failing
+from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.engine import BatchRunner
 from inferfleet.worker.loop import WorkerLoop
+from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt
 from tests.simulation.audit import ViolationError
 from tests.simulation.world import World
 
@@ -63,14 +64,14 @@ def settles_before_the_store_has_it(patch: pytest.MonkeyPatch) -> None:
 
 def writes_no_dead_letter(patch: pytest.MonkeyPatch) -> None:
     """An error outcome is all that is left of a failed request."""
-    patch.setattr(Delivery, "_publish_dead_letters", does())
+    patch.setattr(failing.Failing, "_letters", does())
 
 
 def spoils_the_dead_letter(patch: pytest.MonkeyPatch) -> None:
     """A dead letter loses the headers it came with."""
-    right = delivery.dead_letter_headers
+    right = failing.dead_letter_headers
     patch.setattr(
-        delivery,
+        failing,
         "dead_letter_headers",
         lambda chunk, row, *rest: right(chunk, row, *rest)[len(chunk.headers[row] or ()) :],
     )

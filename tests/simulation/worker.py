@@ -7,18 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import msgspec
+from inferfleet.control.pauses import LocalPauses
 
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_intake import MemoryIntake
 from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config
+from inferfleet.core.retry import RetryPolicy
 from inferfleet.ports import IntakeListener
 from inferfleet.records import Chunk, Stream
 from inferfleet.results.memory import MemoryResults
 from inferfleet.routes import RouteTable
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
+from inferfleet.testing.marks import MemoryMarks
 from inferfleet.testing.puppet import Script
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.loop import LoopOptions, WorkerLoop
 from inferfleet.worker.plan import RoutePlan
@@ -142,12 +147,28 @@ class SimWorker:
         self.results = results
         self.news = VirtualNews()
         metrics = PrometheusMetrics()
+        brakes = Brakes(LocalPauses(), config.brake.consecutive, config.brake.share)
         delivery = Delivery(
-            self.outlet, results, metrics, clock, max_result_bytes=config.limits.max_result_bytes
+            self.outlet,
+            results,
+            metrics,
+            clock,
+            max_result_bytes=config.limits.max_result_bytes,
+            brakes=brakes,
+            retry=RetryPolicy(config.retry.delays_ms),
         )
         self.delivery = delivery
         self.loop = WorkerLoop(
-            self.intake, self.outlet, results, delivery, self.news, metrics, clock, options
+            self.intake,
+            self.outlet,
+            results,
+            delivery,
+            brakes,
+            Careful(MemoryMarks()),
+            self.news,
+            metrics,
+            clock,
+            options,
         )
         self.engines = {
             ("m", version): SimEngine(
@@ -156,7 +177,7 @@ class SimWorker:
             for version in VERSIONS
         }
         for engine in self.engines.values():
-            self.loop.watch(engine)
+            self.loop.engines.watch(engine)
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.loop!r} {self.intake!r} {self.outlet!r}"

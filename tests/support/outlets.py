@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from inferfleet.control.pauses import LocalPauses
+
 from inferfleet.config import Config, Worker
+from inferfleet.core.retry import RetryPolicy
 from inferfleet.models.description import Batching
-from inferfleet.ports import LoadedModel, Receipt, Refusal, RefusalKind
+from inferfleet.ports import Clock, LoadedModel, Outlet, Receipt, Refusal, RefusalKind, ResultOutlet
 from inferfleet.records import Envelopes, Header, Signature
 from inferfleet.routes import Destination, Route, Variant
+from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.engine import Engine
 from inferfleet.worker.plan import RoutePlan
 
@@ -27,6 +33,30 @@ class Published(NamedTuple):
     def header(self, name: str) -> bytes | None:
         """Return the last header of this name; a dead letter's own stand behind the original ones."""
         return dict(self.headers).get(name)
+
+
+def delivery(
+    outlet: Outlet,
+    results: ResultOutlet | None,
+    metrics: PrometheusMetrics,
+    clock: Clock,
+    *,
+    max_result_bytes: int = 10_000,
+    brakes: Brakes | None = None,
+    delays_ms: Sequence[int] = (),
+    **options: Any,
+) -> Delivery:
+    """Return a delivery that retries nothing and never brakes, unless a test says so."""
+    return Delivery(
+        outlet,
+        results,
+        metrics,
+        clock,
+        max_result_bytes=max_result_bytes,
+        brakes=brakes or Brakes(LocalPauses(), 1_000_000, 1.0),
+        retry=RetryPolicy(delays_ms),
+        **options,
+    )
 
 
 class ScriptedOutlet:
@@ -105,6 +135,7 @@ def route_plan(
     config: Config | None = None,
     signatures: dict[str, Signature] | None = None,
     batching: Batching | None = None,
+    source: Destination = Destination("kafka", "digits.requests"),  # noqa: B008 - a value, never changed
     **route: Any,
 ) -> RoutePlan:
     """Return the plan of route ``digits`` from ``digits.requests`` to ``results``, with idle engines."""
@@ -114,7 +145,7 @@ def route_plan(
         destinations.append(Destination(kind, name))  # type: ignore[arg-type]
     table = Route(
         name="digits",
-        source=Destination("kafka", "digits.requests"),
+        source=source,
         results=tuple(destinations),
         model="m",
         variants=tuple(variants),

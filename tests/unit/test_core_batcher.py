@@ -153,7 +153,7 @@ def test_requests_of_a_stream_that_is_gone_are_forgotten() -> None:
     batcher.add(LANE, dead, 9.0)
     batcher.add(LANE, _part(2, first=10), 10.0)
     dead.chunk.live = False
-    assert batcher.drop_dead() == 3
+    assert sum(part.total_rows for part in batcher.drop_dead()) == 3
     assert repr(batcher) == "Batcher(lanes=1, rows=2)"
     assert batcher.next_due("m", "1", 10.0, NOW_MS) == 11.0
     assert _ids(batcher.due("m", "1", 11.0, NOW_MS)) == ["id-10", "id-11"]
@@ -277,7 +277,8 @@ class BatcherMachine(RuleBasedStateMachine):
         of = self.waiting[data.draw(st.sampled_from(sorted(self.waiting)))][4]
         of.live = False
         dead = {i: entry for i, entry in self.waiting.items() if entry[4] is of}
-        assert self.batcher.drop_dead() == sum(entry[2] for entry in dead.values())
+        dropped = self.batcher.drop_dead()
+        assert sum(part.total_rows for part in dropped) == sum(entry[2] for entry in dead.values())
         for request_id in dead:
             del self.waiting[request_id]
 

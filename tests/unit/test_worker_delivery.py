@@ -27,10 +27,10 @@ from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
 from inferfleet.wire.encode import AnswerWriter
 from inferfleet.wire.stored import payload_hash, payload_of
-from inferfleet.worker.delivery import Delivery, Settling
+from inferfleet.worker.delivery import Settling
 from inferfleet.worker.plan import RoutePlan
 from tests.support.builders import chunk, requests
-from tests.support.outlets import Published, ScriptedOutlet, route_plan
+from tests.support.outlets import Published, ScriptedOutlet, delivery, route_plan
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (4,)),), (TensorSpec("y", "FP32", (2,)),))
 DLT = "digits.requests.inferfleet.default.dlt"
@@ -54,8 +54,7 @@ class Bench:
         self.store = MemoryResults()
         self.metrics = PrometheusMetrics()
         self.plan: RoutePlan = route_plan(signature, results=results, **(route or {}))
-        options.setdefault("max_result_bytes", 10_000)
-        self.delivery = Delivery(self.outlet, self.store, self.metrics, self.clock, **options)
+        self.delivery = delivery(self.outlet, self.store, self.metrics, self.clock, **options)
         self.settled: list[Settling] = []
         self.delivery.on_settled = self.settled.append
 

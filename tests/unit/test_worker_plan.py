@@ -112,5 +112,5 @@ def test_requests_of_equal_shapes_share_a_lane() -> None:
 def test_names_of_topics_come_from_the_route_and_the_pool() -> None:
     """Dead letters stand beside the source, one set a group."""
     plan = route_plan(SIGNATURE, results=["kafka:out", "redis", "kafka:copy"])
-    assert (plan.topics, plan.redis, plan.source) == (["out", "copy"], True, "digits.requests")
+    assert (plan.destinations, plan.redis, plan.source) == (["out", "copy"], True, "digits.requests")
     assert plan.dead_letters == "digits.requests.inferfleet.default.dlt"

@@ -12,9 +12,9 @@ from inferfleet.records import Chunk, Failures, Headers, Signature, Stream, Tens
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
 from inferfleet.wire.messages import DEAD_LETTER_HEADERS
-from inferfleet.worker.delivery import Delivery, Settling
+from inferfleet.worker.delivery import Settling
 from tests.support.builders import chunk
-from tests.support.outlets import route_plan
+from tests.support.outlets import delivery, route_plan
 
 LIMIT = 4_000
 DLT = "digits.requests.inferfleet.default.dlt"
@@ -31,7 +31,7 @@ class Bench:
             self.broker.create_topic(topic, max_message_bytes=LIMIT)
         self.outlet = MemoryOutlet(self.broker)
         self.plan = route_plan(SIGNATURE, results=("kafka:out",))
-        self.delivery = Delivery(self.outlet, None, PrometheusMetrics(), clock, max_result_bytes=10_000)
+        self.delivery = delivery(self.outlet, None, PrometheusMetrics(), clock)
         self.settled: list[Settling] = []
         self.delivery.on_settled = self.settled.append
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from inferfleet.addresses import rabbitmq_source, to_queue
 from inferfleet.config import Config, dead_letter_topic
 from inferfleet.routes import Route
@@ -45,6 +48,22 @@ def retry_sources(config: Config, route: Route) -> list[str]:
     if route.source.kind == "rabbitmq":
         return [rabbitmq_source(retry_name(config, route, READY))]
     return [retry_name(config, route, delay) for delay in config.retry.delays_ms]
+
+
+def retry_group(config: Config) -> str:
+    """Return the Kafka consumer group in which this pool takes its retries."""
+    return f"{config.group}.retry"
+
+
+def retry_topics(config: Config) -> Callable[[str], bool]:
+    """Return a test for the names of this pool's retry topics, whatever their source."""
+    delays = "|".join(str(delay) for delay in config.retry.delays_ms)
+    if not delays:
+        return lambda _: False
+    parts = {"{source}": ".+", "{group}": re.escape(config.group), "{ms}": f"(?:{delays})"}
+    pieces = re.split(r"(\{source\}|\{group\}|\{ms\})", config.names.retry)
+    pattern = re.compile("".join(parts.get(piece, re.escape(piece)) for piece in pieces))
+    return lambda name: pattern.fullmatch(name) is not None
 
 
 def _published(route: Route, name: str) -> str:

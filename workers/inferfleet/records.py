@@ -174,6 +174,17 @@ class Chunk:
             origins=None if self.origins is None else self.origins[low:high],
         )
 
+    def called(self, row: int) -> str:
+        """Return what a record without an id of its own is called: where it stands, or its message's name."""
+        if self.fallback_ids is not None:
+            return self.fallback_ids[row]
+        return f"{self.stream.source}-{self.stream.partition}-{self.positions[row]}"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether outcomes of these records are still to be published."""
+        return self.live or self.orphaned
+
     def settle(self, rows: Sequence[int]) -> int:
         """Mark ``rows`` as settled and return how many of them were open until now."""
         settled = self.settled

@@ -27,10 +27,10 @@ def with_worker_id(config: Config) -> Config:
     """
     if config.worker.id:
         return config
-    folder = Path(tempfile.gettempdir()) / f"inferfleet-{_user()}"
+    folder = state_folder(config)
     host = config.worker_id
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for slot in range(MAX_SLOTS):
             if _claim(folder / f"{config.fleet.name}.{config.worker.pool}.{slot}.lock"):
                 name = f"{host[:58]}-{slot}"
@@ -40,6 +40,13 @@ def with_worker_id(config: Config) -> Config:
             f"[worker] id: no slot can be locked in {folder} ({error}); set worker.id"
         ) from None
     raise ConfigError(f"[worker] id: all {MAX_SLOTS} slots of this host are taken; set worker.id")
+
+
+def state_folder(config: Config) -> Path:
+    """Return the folder for what must outlive a process: locks, and the marks of a crash."""
+    if config.worker.state:
+        return config.base / config.worker.state
+    return Path(tempfile.gettempdir()) / f"inferfleet-{_user()}"
 
 
 def _user() -> str:

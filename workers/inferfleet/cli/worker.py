@@ -7,11 +7,9 @@ import signal
 import socket
 import sys
 import threading
-import time
-from dataclasses import replace
 from queue import SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import structlog
@@ -19,9 +17,11 @@ import structlog
 from inferfleet import __version__
 from inferfleet.cli.frame import Session
 from inferfleet.cli.slot import with_worker_id
-from inferfleet.config import Config, check_supported, kafka_client_config
-from inferfleet.errors import BrokerError, ConfigError
-from inferfleet.ports import BatchingWishes, LoadedModel, ResultOutlet
+from inferfleet.cli.starting import check_rabbitmq, check_topics, wait_for_kafka
+from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
+from inferfleet.config import Config, check_supported
+from inferfleet.errors import ConfigError
+from inferfleet.ports import BatchingWishes, LoadedModel
 from inferfleet.routes import RouteTable, load_routes
 from inferfleet.telemetry.logs import configure
 from inferfleet.telemetry.metrics import PrometheusMetrics
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-START_PATIENCE_S = 60.0
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may hold the interpreter while another wants it: a device thread that has finished
 must not wait the default 5 ms behind the loop."""
@@ -79,8 +78,12 @@ def worker(session: Session, until_idle: float | None) -> None:
     configure(config.log.format, config.log.level, secrets=config.secrets)
     _limit_threads(config)
     table = _routes(config)
-    _wait_for_kafka(config)
-    _check_topics(config, table)
+    routes = table.of_pool(config.worker.pool)
+    if uses_kafka(routes):
+        wait_for_kafka(config)
+        check_topics(config, routes)
+    if uses_rabbitmq(routes):
+        check_rabbitmq(config, routes)
     _run(config, table, until_idle)
 
 
@@ -105,8 +108,7 @@ def _routes(config: Config) -> RouteTable:
 
 
 def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
-    from inferfleet.brokers.kafka_intake import KafkaIntake, KafkaIntakeOptions
-    from inferfleet.brokers.kafka_outlet import KafkaOutlet, producer_properties
+    from inferfleet.cli.adapters import Joining
     from inferfleet.telemetry.admin import AdminServer
     from inferfleet.worker.clock import SystemClock
     from inferfleet.worker.engine import News
@@ -115,55 +117,46 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     news: SimpleQueue[News] = SimpleQueue()
     metrics = PrometheusMetrics(__version__, config.worker_id)
-    client = kafka_client_config(config)
-    largest = max(config.limits.max_result_bytes, config.limits.max_request_bytes) + 131_072
-    start = config.kafka.start_timestamp_ms
-    adapters = Adapters(
-        intake=KafkaIntake(
-            KafkaIntakeOptions(
-                config.group,
-                client,
-                config.kafka.start if start is None else start,
-                config.kafka.group_protocol,
-                config.kafka.session_timeout_ms,
-                config.worker_id if config.kafka.static_membership else None,
-                config.kafka.consumer,
-            )
+    clock = SystemClock()
+    models = RepositoryModels(config)
+    joining = Joining(config, table.of_pool(config.worker.pool), models, news, metrics, clock)
+    joined = joining.join()
+
+    def read_routes() -> RouteTable:
+        found = _routes(config)
+        joining.routes = found.of_pool(config.worker.pool)
+        return found
+
+    running = Worker(
+        config,
+        Adapters(
+            intake=joined.intake,
+            outlet=joined.outlet,
+            results=joined.results,
+            models=models,
+            metrics=metrics,
+            clock=clock,
+            news=news,
+            read_routes=read_routes,
+            pauses=joined.pauses,
+            marks=joined.marks,
+            brokers=joined.brokers,
         ),
-        outlet=KafkaOutlet(producer_properties(client, config.kafka.producer, largest)),
-        results=_results(config, table, news, metrics),
-        models=RepositoryModels(config),
-        metrics=metrics,
-        clock=SystemClock(),
-        news=news,
-        read_routes=lambda: _routes(config),
     )
-    running = Worker(config, adapters)
     _on_signals(running, config.worker.drain_timeout_s)
-    with AdminServer(config.worker.admin_address, metrics.registry, running.health, running.status) as admin:
+    with AdminServer(
+        config.worker.admin_address,
+        metrics.registry,
+        running.health,
+        running.status,
+        pause=joined.pauses.pause,
+        resume=joined.pauses.resume,
+    ) as admin:
         log.info("worker_started", worker=config.worker_id, version=__version__, admin=admin.address)
-        running.run(until_idle)
-
-
-def _results(
-    config: Config, table: RouteTable, news: SimpleQueue[Any], metrics: PrometheusMetrics
-) -> ResultOutlet | None:
-    """Return the Redis outlet if any route keeps results there, or clients may wait on reply streams."""
-    routes = table.of_pool(config.worker.pool)
-    if not any(result.kind == "redis" for route in routes for result in route.results):
-        return None
-    from inferfleet.redis_access import open_redis, place_of
-    from inferfleet.results.redis import OutletOptions, RedisResults
-
-    place = replace(place_of(config), client_name=config.worker_id)
-    return RedisResults(
-        lambda: open_redis(place),
-        config.fleet.name,
-        wake=lambda: news.put(None),
-        stood=metrics.redeliveries,
-        # Keys of one atomic step share a slot on a cluster, so there each row is a step.
-        options=OutletOptions(rows_per_step=1) if place.mode == "cluster" else None,
-    )
+        try:
+            running.run(until_idle)
+        finally:
+            joined.close()
 
 
 def _on_signals(running: Worker, drain_timeout_s: float) -> None:
@@ -195,89 +188,3 @@ def _on_signals(running: Worker, drain_timeout_s: float) -> None:
 
 def _heard(number: int, frame: FrameType | None) -> None:
     """Take the place of the default action; the wake-up socket has the number already."""
-
-
-def _wait_for_kafka(config: Config) -> None:
-    """Wait for Kafka, bounded.
-
-    Raises BrokerError: an authentication failure at once, an absent broker after ``START_PATIENCE_S``.
-    """
-    from confluent_kafka import Consumer, KafkaError, KafkaException
-
-    refused: list[KafkaError] = []
-
-    def noticed(error: KafkaError) -> None:
-        if error.code() in (
-            KafkaError._AUTHENTICATION,
-            KafkaError.SASL_AUTHENTICATION_FAILED,
-            KafkaError._SSL,
-        ):
-            refused.append(error)
-
-    from inferfleet.brokers.kafka_problems import silent_logger
-
-    properties = {**kafka_client_config(config), "group.id": config.group, "error_cb": noticed}
-    consumer = Consumer(properties, logger=silent_logger())
-    try:
-        deadline = time.monotonic() + START_PATIENCE_S
-        told = False
-        while True:
-            try:
-                consumer.poll(0)
-                consumer.list_topics(timeout=3)
-                break
-            except KafkaException as error:
-                consumer.poll(0)
-                where = config.kafka.bootstrap_servers
-                if refused:
-                    raise BrokerError(f"kafka at {where} refuses us: {refused[0].str()}") from None
-                if time.monotonic() > deadline:
-                    raise BrokerError(
-                        f"kafka at {where} does not answer ([kafka] bootstrap_servers): {error.args[0].str()}"
-                    ) from None
-                if not told:
-                    log.warning("waiting_for_kafka", bootstrap_servers=where, error=error.args[0].str())
-                    told = True
-    finally:
-        consumer.close()
-
-
-def _check_topics(config: Config, table: RouteTable) -> None:
-    """Raise BrokerError for the first topic that is missing or that this worker has no right on."""
-    from inferfleet.cli.kafka import Cluster
-
-    needed = _topics(config, table)
-    cluster = Cluster(config)
-    try:
-        standing = cluster.topics()
-        for topic, found in cluster.describe_topics(list(needed)).items():
-            use, right = needed[topic]
-            if found.problem and topic not in standing:
-                raise BrokerError(
-                    f"topic {topic} ({use}): {found.problem}; "
-                    "`inferfleet topics plan` prints what the routes need"
-                )
-            if found.rights and not found.rights & {right, "ALL"}:
-                raise BrokerError(
-                    f"topic {topic} ({use}): this user has no {right} right on it; "
-                    "`inferfleet topics plan --format acls` prints the rights"
-                )
-    finally:
-        cluster.close()
-
-
-def _topics(config: Config, table: RouteTable) -> dict[str, tuple[str, str]]:
-    """Return what each topic is for, and the right that it needs."""
-    from inferfleet.config import dead_letter_topic
-
-    topics: dict[str, tuple[str, str]] = {}
-    for route in table.of_pool(config.worker.pool):
-        topics[route.source.name] = (f"source of route {route.name}", "READ")
-        for result in route.results:
-            if result.kind == "kafka":
-                topics[result.name] = (f"results of route {route.name}", "WRITE")
-        topics[dead_letter_topic(config, route.source.name)] = (
-            f"dead letters of route {route.name}",
-            "WRITE",
-        )
-    return topics

@@ -180,18 +180,19 @@ class Batcher:
             rest = item.part.pick([i for i in range(len(item.part)) if i not in late_set])
             kept.append(_Waiting(rest, rest.total_rows, item.arrived_at, rest.first_deadline_ms))
 
-    def drop_dead(self) -> int:
-        """Forget requests whose chunk was taken away; return how many rows that freed."""
-        dropped = 0
+    def drop_dead(self) -> list[Requests]:
+        """Forget requests whose chunk was taken away, and return them."""
+        dropped: list[Requests] = []
         for queue in self._lanes.values():
             for priority, waiting in queue.queues.items():
-                dead = sum(item.rows for item in waiting if not item.part.chunk.live)
+                dead = [item for item in waiting if not item.part.chunk.live]
                 if dead:
                     queue.queues[priority] = deque(item for item in waiting if item.part.chunk.live)
-                    queue.rows -= dead
-                    dropped += dead
+                    rows = sum(item.rows for item in dead)
+                    queue.rows -= rows
+                    self.rows -= rows
+                    dropped += [item.part for item in dead]
             queue.refresh()
-        self.rows -= dropped
         return dropped
 
     def tidy(self) -> None:

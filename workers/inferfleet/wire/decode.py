@@ -62,7 +62,8 @@ class Decoder:
     """Reads the chunks of one route.
 
     ``deadline_ms`` is how long after its broker timestamp a request without a deadline of its own expires;
-    a record that has no timestamp does not.
+    a record that has no timestamp does not. With ``needs_id`` a request that nobody named is refused: its
+    answer could not be found.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Decoder:
         *,
         columns: bool = False,
         deadline_ms: int | None = None,
+        needs_id: bool = False,
     ) -> None:
+        self._needs_id = needs_id
         self._reader = RequestReader(model, versions, signature, limits)
         self._limits = limits
         self._columns = columns
@@ -296,13 +299,11 @@ class Decoder:
         out: list[Requests],
         counts: list[int] | None = None,
     ) -> None:
-        """Append one column set; the id is the header's, else the body's, else the record's position."""
-        source, partition = chunk.stream
-        where = f"{source}-{partition}-"
-        positions = chunk.positions
+        """Append one column set; the id is the header's, else the body's, else what the record is called."""
         if meta.metas is None or (meta.uniform is not None and meta.uniform.id is None):
+            called = _called(chunk) if None in body_ids else []
             ids = [
-                f"{where}{positions[row]}" if body_id is None else body_id
+                called[row] if body_id is None else body_id
                 for row, body_id in zip(rows, body_ids, strict=True)
             ]
         else:
@@ -313,7 +314,7 @@ class Decoder:
                 if header_id is not None:
                     ids.append(header_id)
                 else:
-                    ids.append(f"{where}{positions[row]}" if body_id is None else body_id)
+                    ids.append(chunk.called(row) if body_id is None else body_id)
         costs: list[int] | None = None
         if self._sort_by_cost:
             values = chunk.values
@@ -348,22 +349,24 @@ class Decoder:
             parts.append(part)
         return parts
 
-    @staticmethod
-    def _checked_ids(made: Requests, rejects: _Rejects) -> Requests:
-        if ids_are_plain(made.ids):
+    def _checked_ids(self, made: Requests, rejects: _Rejects) -> Requests:
+        if not self._needs_id and ids_are_plain(made.ids):
             return made
-        source, partition = made.chunk.stream
-        positions = made.chunk.positions
         sound: list[int] = []
         for index, request_id in enumerate(made.ids):
             try:
-                # A long topic's name makes long positions; they are nobody's fault.
-                if request_id != f"{source}-{partition}-{positions[made.rows[index]]}":
-                    check_id(request_id)
+                self._check_id(made, index, request_id)
                 sound.append(index)
             except RequestError as error:
                 rejects.add(made.rows[index], None, error)
         return made.pick(sound)
+
+    def _check_id(self, made: Requests, index: int, request_id: str) -> None:
+        if self._needs_id and request_id.startswith(names.GENERATED_ID):
+            raise RequestError(Code.ID, "the request has no id, and its answer goes nowhere but to redis")
+        # A long topic's name makes long positions; they are nobody's fault.
+        if request_id != made.chunk.called(made.rows[index]):
+            check_id(request_id)
 
     @staticmethod
     def _rejected(chunk: Chunk, meta: ChunkMeta, rejects: _Rejects) -> Failures | None:
@@ -381,6 +384,14 @@ class Decoder:
             [found.reply for found in metas],
             [found.trace for found in metas],
         )
+
+
+def _called(chunk: Chunk) -> list[str]:
+    """Return what each record is called that has no id of its own."""
+    if chunk.fallback_ids is not None:
+        return chunk.fallback_ids
+    where = f"{chunk.stream.source}-{chunk.stream.partition}-"
+    return [f"{where}{position}" for position in chunk.positions]
 
 
 def _joined(failures: list[Failures]) -> Failures | None:

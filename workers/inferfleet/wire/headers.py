@@ -17,6 +17,8 @@ MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32_768
 MAX_ID_BYTES = 128
 DEFAULT_PRIORITY = 5
+GENERATED_ID = "amqp-"
+"""How an id starts that was made for a message without one."""
 FAR_DEADLINE_MS = 253_402_300_799_000
 """The last millisecond of the year 9999; later deadlines mean this one."""
 

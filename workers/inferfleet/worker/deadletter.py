@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from inferfleet.addresses import plain
 from inferfleet.errors import Code
-from inferfleet.records import Chunk, Envelopes, Header
+from inferfleet.records import Chunk, Envelopes, Header, Origin
 
 MAX_ERROR_BYTES = 1024
 MAX_KEPT_KEY_BYTES = 1024
@@ -12,26 +13,28 @@ _OWN_HEADERS = 9
 """How many headers of ours stand behind the original ones."""
 
 
-def default_id(chunk: Chunk, row: int) -> str:
-    """Return the id of a record that has none: where it stands."""
+def origin_of(chunk: Chunk, row: int) -> Origin:
+    """Return where a record stood first, and which attempt at it this is."""
+    if chunk.origins is not None:
+        return chunk.origins[row]
     source, partition = chunk.stream
-    return f"{source}-{partition}-{chunk.positions[row]}"
+    return Origin(source, partition, chunk.positions[row], chunk.timestamps_ms[row], 1)
 
 
 def dead_letter_headers(
     chunk: Chunk, row: int, code: Code, text: str, served: Header, failed_at_ms: bytes
 ) -> list[Header]:
     """Return the original headers, then ours. The error text is at most 1 KiB and quotes no payload."""
-    source, partition = chunk.stream
+    origin = origin_of(chunk, row)
     return [
         *(chunk.headers[row] or ()),
-        ("inferfleet-origin-topic", source.encode()),
-        ("inferfleet-origin-partition", b"%d" % partition),
-        ("inferfleet-origin-offset", b"%d" % chunk.positions[row]),
-        ("inferfleet-origin-timestamp", b"%d" % chunk.timestamps_ms[row]),
+        ("inferfleet-origin-topic", plain(origin.source).encode()),
+        ("inferfleet-origin-partition", b"%d" % origin.partition),
+        ("inferfleet-origin-offset", b"%d" % origin.position),
+        ("inferfleet-origin-timestamp", b"%d" % origin.timestamp_ms),
         ("inferfleet-code", code.value.encode()),
         ("inferfleet-error", _clipped(text)),
-        ("inferfleet-attempt", b"1"),
+        ("inferfleet-attempt", b"%d" % origin.attempt),
         ("inferfleet-failed-at", failed_at_ms),
         served,
     ]

@@ -7,29 +7,23 @@ that can help (its route says so meanwhile), or becomes an error outcome when it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
 
-from inferfleet.errors import RULES, Code
+from inferfleet.addresses import REPLY
+from inferfleet.core.retry import RetryPolicy
+from inferfleet.errors import Code
 from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
-from inferfleet.records import (
-    Answer,
-    Array,
-    Envelopes,
-    Failures,
-    Header,
-    Requests,
-    Results,
-    RowFailure,
-)
+from inferfleet.records import Answer, Array, Envelopes, Failures, Requests, RowFailure
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.wire import headers as names
-from inferfleet.wire.encode import STATUS_OK, error_body, error_headers, ok_headers
-from inferfleet.wire.stored import payload_hash
-from inferfleet.worker.deadletter import cut_letter, cut_outcome, dead_letter_headers, default_id
+from inferfleet.wire.encode import STATUS_OK, ok_headers
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.deadletter import cut_letter, cut_outcome
+from inferfleet.worker.failing import Failing, failures_of
+from inferfleet.worker.handover import HandOver
 from inferfleet.worker.parking import Parking
 from inferfleet.worker.plan import RoutePlan, VariantPlan
 from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt, Settling
@@ -50,15 +44,15 @@ class Delivery:
         clock: Clock,
         *,
         max_result_bytes: int,
+        brakes: Brakes,
+        retry: RetryPolicy,
         dead_letter_also: frozenset[str] = frozenset(),
     ) -> None:
-        self._outlet = outlet
-        self._results = results
-        self._metrics = metrics
+        self._to = HandOver(outlet, results)
+        self._failing = Failing(self._to, self, brakes, retry, metrics, clock, dead_letter_also)
         self._clock = clock
         self.on_settled: Callable[[Settling], None] = _nobody_listens
         self._max_result_bytes = max_result_bytes
-        self._dead_letter_also = dead_letter_also
         self._parking = Parking(outlet, clock)
 
     # Answers
@@ -66,11 +60,15 @@ class Delivery:
     def answer(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
         """Publish the answers of one part; requests that are late or not finite get errors instead."""
         part = answer.part
-        if not part.chunk.live:
+        if not part.chunk.wanted:
             return
         wrong = self._unfit(plan, variant, answer)
         if wrong:
-            self.fail(plan, _failures(part, list(wrong), list(wrong.values())))
+            late = [index for index, (code, _) in wrong.items() if code is Code.DEADLINE]
+            if late:
+                self.fail(plan, failures_of(part, late, [wrong[index] for index in late]))
+            failed = [RowFailure(part.pick([i]), *wrong[i]) for i in wrong if i not in late]
+            self.row_failures(plan, failed)
             kept = [index for index in range(len(part)) if index not in wrong]
             if not kept:
                 return
@@ -105,16 +103,12 @@ class Delivery:
             self._split_oversize(plan, variant, answer, bodies)
             return
         outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
-        settling = Settling(self, plan, part.chunk, part.rows, outcomes)
-        if plan.topics:
-            chunk_keys = part.chunk.keys
-            keys = [chunk_keys[row] for row in part.rows]
+        settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids)
+        if plan.destinations or plan.reply:
             headers = ok_headers(part, variant.header, lengths)
-            for topic in plan.topics:
-                envelopes = Envelopes(topic, keys, bodies, headers)
-                self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, part.rows))
+            self._to.outcomes(settling, plan.destinations, part.rows, bodies, headers, reply=plan.reply)
         if stored is not None:
-            self._store(settling, part.rows, part.ids, stored, [True] * len(part), part.replies)
+            self._to.store(settling, part.rows, part.ids, stored, [True] * len(part), part.replies)
         settling.close()
 
     def _written(
@@ -122,11 +116,11 @@ class Delivery:
     ) -> tuple[list[bytes], list[bytes] | None, list[bytes] | None]:
         """Return the bodies for topics, their JSON lengths if binary, and the bodies for the result store."""
         lengths: list[bytes] | None = None
-        if answer.part.form.binary and plan.topics:
+        if answer.part.form.binary and (plan.destinations or plan.reply):
             bodies, lengths = variant.writer.binary_bodies(answer)
         else:
             bodies = variant.writer.json_bodies(answer)
-        if self._results is None or not (plan.redis or answer.part.replies is not None):
+        if not self._to.stores or not (plan.redis or answer.part.replies is not None):
             return bodies, lengths, None
         return bodies, lengths, bodies if lengths is None else variant.writer.json_bodies(answer)
 
@@ -139,7 +133,7 @@ class Delivery:
             return
         log.error("answer_not_written", route=plan.name, error=type(error).__name__, exc_info=error)
         text = f"inferfleet could not write the answer ({type(error).__name__})"
-        self.fail(plan, _failures(part, [0], [(Code.INTERNAL, text)]))
+        self.row_failures(plan, [RowFailure(part, Code.INTERNAL, text)])
 
     def _split_oversize(
         self, plan: RoutePlan, variant: VariantPlan, answer: Answer, bodies: list[bytes]
@@ -147,7 +141,7 @@ class Delivery:
         limit = self._max_result_bytes
         large = [index for index, body in enumerate(bodies) if len(body) > limit]
         verdict = (Code.RESULT_TOO_LARGE, f"the answer is larger than {limit} bytes")
-        self.fail(plan, _failures(answer.part, large, [verdict] * len(large)))
+        self.fail(plan, failures_of(answer.part, large, [verdict] * len(large)))
         kept = [index for index, body in enumerate(bodies) if len(body) <= limit]
         if kept:
             self._publish_answers(plan, variant, _pick(answer, kept))
@@ -155,141 +149,57 @@ class Delivery:
     # Errors
 
     def row_failures(self, plan: RoutePlan, failures: Sequence[RowFailure]) -> None:
-        """Publish the errors of requests that the model failed alone."""
-        for failure in failures:
-            self.fail(plan, _failures(failure.part, [0], [(failure.code, failure.text)]))
+        """End the requests that the model failed alone."""
+        self._failing.rows(plan, failures)
 
     def expired(self, plan: RoutePlan, part: Requests) -> None:
         """Publish ``E_DEADLINE`` for requests whose deadline passed before they ran."""
         verdict = (Code.DEADLINE, "the deadline passed before the request ran")
-        self.fail(plan, _failures(part, list(range(len(part))), [verdict] * len(part)))
+        self.fail(plan, failures_of(part, list(range(len(part))), [verdict] * len(part)))
 
     def fail(self, plan: RoutePlan, failures: Failures) -> None:
         """Publish one error outcome for each request, and a dead letter where its code asks for one."""
-        chunk = failures.chunk
-        if not chunk.live:
-            return
-        variant = plan.variant_of(failures.served)
-        named = ("", "") if variant is None else (variant.variant.version, variant.variant.name)
-        outcomes = Counter((*named, code.value) for code in failures.codes)
-        settling = Settling(self, plan, chunk, failures.rows, dict(outcomes))
-        self._publish_errors(settling, failures, plan.topics, store=plan.redis)
-        settling.close()
-
-    def _publish_errors(
-        self,
-        settling: Settling,
-        failures: Failures,
-        topics: Sequence[str],
-        *,
-        store: bool,
-        dead_letters: bool = True,
-    ) -> None:
-        plan, chunk = settling.plan, settling.chunk
-        variant = plan.variant_of(failures.served)
-        served = plan.failed_header if variant is None else variant.header
-        ids = [
-            default_id(chunk, row) if found is None else found
-            for row, found in zip(failures.rows, failures.ids, strict=True)
-        ]
-        bodies = [
-            error_body(text, code, request_id)
-            for text, code, request_id in zip(failures.texts, failures.codes, ids, strict=True)
-        ]
-        if topics:
-            keys = [chunk.keys[row] for row in failures.rows]
-            headers = [
-                error_headers(request_id, code, served, trace)
-                for request_id, code, trace in zip(ids, failures.codes, failures.traces, strict=True)
-            ]
-            for topic in topics:
-                envelopes = Envelopes(topic, keys, bodies, headers)
-                self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, failures.rows))
-        if dead_letters:
-            self._publish_dead_letters(settling, failures, served)
-        replies = failures.replies if any(reply is not None for reply in failures.replies) else None
-        if self._results is not None and (store or replies is not None):
-            self._store(
-                settling, failures.rows, ids, bodies, [False] * len(ids), replies, reply_only=not store
-            )
-
-    def _publish_dead_letters(self, settling: Settling, failures: Failures, served: Header) -> None:
-        plan, chunk = settling.plan, settling.chunk
-        kept = [
-            index
-            for index, code in enumerate(failures.codes)
-            if RULES[code].dead_letter or code.value in self._dead_letter_also
-        ]
-        if not kept:
-            return
-        failed_at = b"%d" % self._clock.utc_ms()
-        rows = [failures.rows[index] for index in kept]
-        envelopes = Envelopes(
-            plan.dead_letters,
-            [chunk.keys[row] for row in rows],
-            [chunk.values[row] for row in rows],  # type: ignore[misc]  # a tombstone stays a tombstone
-            [
-                dead_letter_headers(
-                    chunk, failures.rows[i], failures.codes[i], failures.texts[i], served, failed_at
-                )
-                for i in kept
-            ],
-        )
-        for code, count in Counter(failures.codes[index] for index in kept).items():
-            self._metrics.dead_letters(plan.name, code.value, count)
-        self._outlet.publish(envelopes, EnvelopeReceipt(settling, envelopes, rows))
-
-    def _store(
-        self,
-        settling: Settling,
-        rows: list[int],
-        ids: list[str],
-        bodies: list[bytes],
-        ok: list[bool],
-        replies: list[str | None] | None,
-        *,
-        reply_only: bool = False,
-    ) -> None:
-        if self._results is None:
-            return
-        plan = settling.plan
-        values = settling.chunk.values
-        hashes: list[str] = [payload_hash(values[row] or b"") for row in rows]
-        only = reply_only or not plan.redis
-        results = Results(plan.name, ids, bodies, ok, hashes, replies, plan.ttl_s, only)
-        self._results.publish(results, ResultReceipt(settling, results, rows))
+        self._failing.fail(plan, failures)
 
     # What outlets say
 
     def envelope_refused(self, receipt: EnvelopeReceipt, index: int, refusal: Refusal) -> None:
         """Turn an answer that is too large into an error, cut what else is, and park the rest."""
         settling, envelopes = receipt.settling, receipt.envelopes
-        if not settling.chunk.live:
+        if not settling.chunk.wanted:
             return
         row = receipt.rows[index]
-        plan = settling.plan
-        # An error that is refused as too large is cut, then parked: another error would be no smaller.
-        is_answer = envelopes.destination in plan.topics and STATUS_OK in envelopes.headers[index]
-        if refusal.kind is RefusalKind.TOO_LARGE and is_answer:
-            error = Failures(
-                settling.chunk,
-                [row],
-                [(_header(envelopes, index, names.ID) or b"").decode()],
-                [Code.RESULT_TOO_LARGE],
-                [f"the answer is larger than {envelopes.destination} accepts"],
-                [None],
-                [_header(envelopes, index, names.TRACEPARENT)],
-            )
-            first = settling.replace(row, Code.RESULT_TOO_LARGE)
-            self._publish_errors(settling, error, [envelopes.destination], store=False, dead_letters=first)
+        if refusal.kind is not RefusalKind.TOO_LARGE:
+            self._parking.park(receipt, index, refusal)
             return
-        if refusal.kind is RefusalKind.TOO_LARGE:
-            is_letter = envelopes.destination == plan.dead_letters
-            cut = cut_letter(envelopes, index) if is_letter else cut_outcome(envelopes, index)
-            if cut is not None:
-                self._outlet.publish(cut, EnvelopeReceipt(settling, cut, [row]))
-                return
-        self._parking.park(receipt, index, refusal)
+        plan, destination = settling.plan, envelopes.destination
+        if destination in plan.published and STATUS_OK in envelopes.headers[index]:
+            text = f"the answer is larger than {destination} accepts"
+            error = _said(settling, envelopes, index, row, (Code.RESULT_TOO_LARGE, text))
+            first = settling.replace(row, Code.RESULT_TOO_LARGE)
+            to_caller = destination == REPLY
+            self._failing.publish(
+                settling,
+                error,
+                [] if to_caller else [destination],
+                store=False,
+                reply=to_caller,
+                dead_letters=first,
+            )
+            return
+        if destination in plan.retries:
+            text = "the request failed, and with its headers it is too large for another attempt"
+            error = _said(settling, envelopes, index, row, (Code.MODEL, text))
+            settling.outcomes = {("", "", Code.MODEL.value): 1}
+            self._failing.publish(settling, error, plan.destinations, store=plan.redis)
+            return
+        # An error that is refused as too large is cut, then parked: another error would be no smaller.
+        is_letter = destination == plan.dead_letters
+        cut = cut_letter(envelopes, index) if is_letter else cut_outcome(envelopes, index)
+        if cut is None:
+            self._parking.park(receipt, index, refusal)
+        else:
+            self._to.publish(settling, cut, [row])
 
     def result_refused(self, receipt: ResultReceipt, index: int, refusal: Refusal) -> None:
         """Answer a reused id with ``E_DUP_ID``: to the waiting client and the dead letters only.
@@ -297,18 +207,18 @@ class Delivery:
         An error outcome stays what it is: it has its dead letter already, and only its client must hear.
         """
         settling, results = receipt.settling, receipt.results
-        if not settling.chunk.live:
+        if not settling.chunk.wanted:
             return
         row, request_id = receipt.rows[index], results.ids[index]
         reply = results.replies[index] if results.replies is not None else None
         if not results.ok[index]:
             if reply is not None:
                 bodies = [results.bodies[index]]
-                self._store(settling, [row], [request_id], bodies, [False], [reply], reply_only=True)
+                self._to.store(settling, [row], [request_id], bodies, [False], [reply], reply_only=True)
             return
         error = Failures(settling.chunk, [row], [request_id], [Code.DUP_ID], [refusal.text], [reply], [None])
         settling.replace(row, Code.DUP_ID)
-        self._publish_errors(settling, error, [], store=False)
+        self._failing.publish(settling, error, [], store=False, reply=False)
 
     def retry_parked(self, now: float, *, force: bool = False) -> None:
         """Offer again what was refused, where its pause has ended; ``force`` does not wait for that."""
@@ -327,17 +237,13 @@ def _nobody_listens(settling: Settling) -> None:
     raise RuntimeError(f"{settling.chunk} settled before a loop listens")
 
 
-def _failures(part: Requests, indices: list[int], verdicts: Sequence[tuple[Code, str]]) -> Failures:
-    return Failures(
-        part.chunk,
-        [part.rows[i] for i in indices],
-        [part.ids[i] for i in indices],
-        [code for code, _ in verdicts],
-        [text for _, text in verdicts],
-        [None if part.replies is None else part.replies[i] for i in indices],
-        [None if part.traces is None else part.traces[i] for i in indices],
-        part.served,
-    )
+def _said(
+    settling: Settling, envelopes: Envelopes, index: int, row: int, verdict: tuple[Code, str]
+) -> Failures:
+    """Return the failure of one record whose envelope no destination takes."""
+    request_id = (_header(envelopes, index, names.ID) or b"").decode() or None
+    trace = _header(envelopes, index, names.TRACEPARENT)
+    return Failures(settling.chunk, [row], [request_id], [verdict[0]], [verdict[1]], [None], [trace])
 
 
 def _nonfinite(part: Requests, array: Array) -> list[int]:

@@ -155,7 +155,8 @@ class BatchRunner:
                     starved.append((span, min(rows, self._limit(batch.lane))))
         for index in isolation.condemned:
             (part,) = _span(batch.parts, index, index + 1)
-            result.failures.append(RowFailure(part, *_verdict(last.get(index, first))))
+            reason = last.get(index, first)
+            result.failures.append(RowFailure(part, *_verdict(reason), _may_pass(reason)))
         # A span with a request that fails even alone says nothing about the size that fits.
         sizes = [rows for span, rows in starved if not any(i in range(*span) for i in isolation.condemned)]
         if sizes:
@@ -252,6 +253,11 @@ def _span(parts: Sequence[Requests], low: int, high: int) -> list[Requests]:
         if at >= high:
             break
     return found
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether the same request may pass later: the handler says so, or what it waits for is away."""
+    return isinstance(error, TimeoutError | OSError) or getattr(error, "retryable", False) is True
 
 
 def _verdict(error: BaseException) -> tuple[Code, str]:

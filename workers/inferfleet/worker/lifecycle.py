@@ -15,13 +15,26 @@ from typing import Protocol
 
 import structlog
 
+from inferfleet.addresses import on_rabbitmq
 from inferfleet.config import Config
+from inferfleet.core.retry import RetryPolicy
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError, ModelLoadError
-from inferfleet.ports import BatchingWishes, Clock, Intake, LoadedModel, Outlet, ResultOutlet
+from inferfleet.ports import (
+    BatchingWishes,
+    Clock,
+    CrashMarks,
+    Intake,
+    LoadedModel,
+    Outlet,
+    PauseBoard,
+    ResultOutlet,
+)
 from inferfleet.records import Stream
 from inferfleet.routes import RouteTable
 from inferfleet.telemetry.admin import Health, WorkerStatus
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.engine import Engine, Loaded, News
 from inferfleet.worker.loop import IDLE_WAIT_S, LoopOptions, WorkerLoop
@@ -63,6 +76,10 @@ class Adapters:
     clock: Clock
     news: SimpleQueue[News]
     read_routes: Callable[[], RouteTable]
+    pauses: PauseBoard
+    marks: CrashMarks
+    brokers: frozenset[str]
+    """Which brokers there are adapters for: ``kafka``, ``rabbitmq``."""
 
 
 class Worker:
@@ -81,12 +98,16 @@ class Worker:
         self._refused_revision = ""
         self._refused_at = 0.0
         self._oldest_ms: int | None = None
+        brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
+        self._careful = Careful(adapters.marks)
         delivery = Delivery(
             adapters.outlet,
             adapters.results,
             adapters.metrics,
             adapters.clock,
             max_result_bytes=config.limits.max_result_bytes,
+            brakes=brakes,
+            retry=RetryPolicy(config.retry.delays_ms),
             dead_letter_also=frozenset(config.dlt.include),
         )
         limits = config.limits
@@ -95,6 +116,8 @@ class Worker:
             adapters.outlet,
             adapters.results,
             delivery,
+            brakes,
+            self._careful,
             adapters.news,
             adapters.metrics,
             adapters.clock,
@@ -164,7 +187,7 @@ class Worker:
     def _ready(self, engine: Engine) -> None:
         log.info("model_ready", model=engine.model, version=engine.version)
         self._to.metrics.model_ready(engine.model, engine.version, True)
-        self.loop.watch(engine)
+        self.loop.engines.watch(engine)
 
     def _adopt(self, table: RouteTable) -> None:
         """Serve ``table``; every version it names is loaded."""
@@ -178,6 +201,8 @@ class Worker:
                 f"route {needy[0]} keeps results in redis, and no route did when this worker started; "
                 "restart the worker"
             )
+        for plan in plans:
+            self._check_brokers(plan)
         self.loop.use(plans)
         self._table = table
         self._to.metrics.route_revision(table.revision)
@@ -185,6 +210,15 @@ class Worker:
         wanted = self._versions(table)
         for key in [key for key in self._engines if key not in wanted]:
             self._leaving.append(self._engines.pop(key))
+
+    def _check_brokers(self, plan: RoutePlan) -> None:
+        for address in (plan.source, *plan.destinations):
+            broker = "rabbitmq" if on_rabbitmq(address) else "kafka"
+            if broker not in self._to.brokers:
+                raise ConfigError(
+                    f"route {plan.name} names {address}, and no route named {broker} when this worker "
+                    "started; restart the worker"
+                )
 
     # Serve
 
@@ -276,10 +310,10 @@ class Worker:
 
     def _retire(self) -> None:
         """Close engines that no route names any longer, once nothing of theirs is under way."""
-        idle = [e for e in self._leaving if self.loop.watches(e) and not self.loop.busy(e)]
+        idle = [e for e in self._leaving if self.loop.engines.watches(e) and not self.loop.engines.busy(e)]
         for engine in idle:
             self._leaving.remove(engine)
-            self.loop.forget(engine)
+            self.loop.engines.forget(engine)
             engine.close()
             self._to.metrics.model_ready(engine.model, engine.version, False)
             log.info("model_unloaded", model=engine.model, version=engine.version)
@@ -301,6 +335,8 @@ class Worker:
             engine.close()
         for engine in engines:
             engine.join(self._left_s(until) if engine.signature is not None else 0.0)
+        self._to.pauses.close()
+        self._careful.close(clean=True)
         log.info("stopped", given_back=unfinished, unconfirmed=unconfirmed)
         return unfinished
 

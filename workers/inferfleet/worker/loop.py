@@ -14,15 +14,22 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import structlog
 
+from inferfleet.addresses import on_rabbitmq
 from inferfleet.core.admission import Admission
-from inferfleet.core.batcher import NEVER, Batcher
+from inferfleet.core.batcher import Batcher
 from inferfleet.core.ledger import Ledger
+from inferfleet.errors import Code
 from inferfleet.ports import Clock, Intake, Outlet, ResultOutlet
-from inferfleet.records import BatchResult, Chunk, Requests, Served, Stream
+from inferfleet.records import BatchResult, Chunk, Requests, RowFailure, Served, Stream
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery, Settling
-from inferfleet.worker.engine import Engine, Finished, Loaded, News
+from inferfleet.worker.dispatching import Dispatching
+from inferfleet.worker.engine import Finished, Loaded, News
+from inferfleet.worker.failing import failures_of
 from inferfleet.worker.plan import RoutePlan, VariantPlan
+from inferfleet.worker.reading import Reading
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +60,8 @@ class WorkerLoop:
         outlet: Outlet,
         results: ResultOutlet | None,
         delivery: Delivery,
+        brakes: Brakes,
+        careful: Careful,
         news: SimpleQueue[News],
         metrics: PrometheusMetrics,
         clock: Clock,
@@ -62,6 +71,7 @@ class WorkerLoop:
         self._outlet = outlet
         self._results = results
         self._delivery = delivery
+        self._brakes = brakes
         self._news = news
         self._metrics = metrics
         self._clock = clock
@@ -69,12 +79,13 @@ class WorkerLoop:
         self.ledger = Ledger()
         self.batcher = Batcher()
         self.admission = Admission((), options.max_rows, options.max_bytes)
+        self._reading = Reading(self.ledger, self.batcher, self.admission, delivery, metrics, clock)
+        self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
         self.loaded: list[Loaded] = []
         self.held: dict[str, str] = {}
         self._plans: dict[str, RoutePlan] = {}
         self._by_served: dict[Served, tuple[RoutePlan, VariantPlan]] = {}
-        self._engines: list[Engine] = []
-        self._charged: dict[Chunk, tuple[str, int, int]] = {}
+        self._prompt: set[Stream] = set()
         self._paused: set[str] = set()
         self._dropped: set[str] = set()
         self._full_since: float | None = None
@@ -87,12 +98,14 @@ class WorkerLoop:
 
     def use(self, plans: Collection[RoutePlan]) -> None:
         """Serve these routes from now on; what is under way ends as it began."""
-        self._follow_sources({plan.source for plan in plans})
-        self._plans = {plan.source: plan for plan in plans}
+        self._follow_sources({source for plan in plans for source in plan.sources})
+        self._plans = {source: plan for plan in plans for source in plan.sources}
         for plan in plans:
             for variant in plan.variants:
                 self._by_served[variant.served] = (plan, variant)
-        self.admission.routes([plan.name for plan in plans])
+        names = [plan.name for plan in plans]
+        self.admission.routes(names)
+        self._brakes.routes(names)
         self._intake.subscribe(sorted(self._plans), self)
 
     def _follow_sources(self, sources: set[str]) -> None:
@@ -109,22 +122,6 @@ class WorkerLoop:
         self._dropped = (self._dropped | dropped) - back
         self._paused = (self._paused - dropped) | back
 
-    def watch(self, engine: Engine) -> None:
-        """Look after an engine: its batches and its news."""
-        self._engines.append(engine)
-
-    def forget(self, engine: Engine) -> None:
-        """Look after an engine no longer; it holds no batch and no request waits for it."""
-        self._engines.remove(engine)
-
-    def watches(self, engine: Engine) -> bool:
-        """Return whether this engine has loaded and is looked after."""
-        return engine in self._engines
-
-    def busy(self, engine: Engine) -> bool:
-        """Return whether a batch runs or a request waits for this engine."""
-        return engine.in_flight > 0 or self.batcher.waiting(engine.model, engine.version) > 0
-
     @property
     def open(self) -> int:
         """Return how many taken records have no confirmed outcome."""
@@ -140,12 +137,12 @@ class WorkerLoop:
         self._hold(now)
         wait_s = self._wait_s(now, max_wait_s)
         may_take = self._may_take(now)
-        engines_run = any(engine.in_flight for engine in self._engines)
+        engines_run = self.engines.running
         chunks = self._take(0.0 if engines_run or not may_take else wait_s) if may_take else self._mind()
         for chunk in chunks:
-            self._read(chunk)
+            self._reading.read(self._plans.get(chunk.stream.source), chunk)
         if chunks:
-            self._dispatch()
+            self.engines.run()
             return True
         if engines_run or not may_take:
             self._listen(wait_s)
@@ -158,7 +155,9 @@ class WorkerLoop:
             self._results.poll()
         self._delivery.retry_parked(self._clock.monotonic())
         self._listen(0.0)
-        self._dispatch(flush=flush or self._draining)
+        for part in self._brakes.released():
+            self._reading.again(self._served(part)[0], part)
+        self.engines.run(flush=flush or self._draining)
 
     def _listen(self, wait_s: float) -> None:
         """Hear what device threads and outlets have put into the queue, waiting for the first."""
@@ -166,8 +165,7 @@ class WorkerLoop:
             item = self._news.get(timeout=wait_s) if wait_s > 0 else self._news.get_nowait()
             while True:
                 if isinstance(item, Finished):
-                    item.engine.in_flight -= 1
-                    self._finished(item.result)
+                    self._finished(self.engines.finished(item))
                 elif isinstance(item, Loaded):
                     self.loaded.append(item)
                 item = self._news.get_nowait()
@@ -182,31 +180,39 @@ class WorkerLoop:
         self._metrics.batch(lane.model, lane.version, lane.role, result.batch.rows, result.seconds)
         started = self._clock.monotonic()
         for answer in result.answers:
-            self._delivery.answer(*self._served(answer.part), answer)
-        for failure in result.failures:
-            self._delivery.row_failures(self._served(failure.part)[0], [failure])
+            plan, variant = self._served(answer.part)
+            if answer.part.chunk.origins is None:
+                self._brakes.answered(plan.name, len(answer.part))
+            self._delivery.answer(plan, variant, answer)
+        if result.failures:
+            self._failed(result.failures)
         self._metrics.stage("predict", result.seconds)
         self._metrics.stage("write", self._clock.monotonic() - started)
         # Between batches, so that the client's reports do not pile up behind a long queue of news.
         self._outlet.poll()
-        self._dispatch()
+        self.engines.run()
+
+    def _failed(self, failures: list[RowFailure]) -> None:
+        """End failed requests, all of a route at once: its brake counts them before any is moved."""
+        by_route: dict[str, tuple[RoutePlan, list[RowFailure]]] = {}
+        for failure in failures:
+            plan = self._served(failure.part)[0]
+            by_route.setdefault(plan.name, (plan, []))[1].append(failure)
+        for plan, failed in by_route.values():
+            self._delivery.row_failures(plan, failed)
+
+    def _expired(self, part: Requests) -> None:
+        self._delivery.expired(self._served(part)[0], part)
+
+    def _condemned(self, part: Requests) -> None:
+        """Answer a request that has ended the process, whatever a brake says: it must not run again."""
+        verdict = (Code.MODEL, "the process that ran this request has ended, again and again")
+        self._delivery.fail(self._served(part)[0], failures_of(part, [0], [verdict]))
 
     def _served(self, part: Requests) -> tuple[RoutePlan, VariantPlan]:
         if part.served is None:
             raise LookupError(f"{part.chunk} was never steered")
         return self._by_served[part.served]
-
-    def _dispatch(self, *, flush: bool = False) -> None:
-        """Answer what has expired, and give every free engine its most urgent due batch."""
-        if not self.batcher.rows:
-            return
-        now_ms = self._clock.utc_ms()
-        for part in self.batcher.expire(now_ms):
-            self._delivery.expired(self._served(part)[0], part)
-        now = NEVER if flush else self._clock.monotonic()
-        for engine in self._engines:
-            while engine.free and (batch := self.batcher.due(engine.model, engine.version, now, now_ms)):
-                engine.submit(batch)
 
     # Taking
 
@@ -245,29 +251,6 @@ class WorkerLoop:
             return self._intake.take(1, 1, 0.0)
         return []
 
-    def _read(self, chunk: Chunk) -> None:
-        """Decode, steer and queue one chunk."""
-        plan = self._plans.get(chunk.stream.source)
-        if plan is None:  # a record that nobody here can answer stays open: somebody else takes it
-            self.ledger.began(chunk)
-            return
-        now = self._clock.monotonic()
-        self.ledger.began(chunk)
-        if plan.route.time == "received":
-            chunk.timestamps_ms = [self._clock.utc_ms()] * len(chunk)
-        decoded = plan.decoder.decode(chunk)
-        rows = len(chunk)
-        for part in decoded.requests:
-            if part.row_counts is not None:
-                rows += part.total_rows - len(part)
-            for variant, piece in plan.steer(part):
-                self.batcher.add(variant.lane(piece), piece, now)
-        self._charged[chunk] = (plan.name, rows, chunk.size_bytes)
-        self.admission.took(plan.name, rows, chunk.size_bytes)
-        if decoded.rejected is not None:
-            self._delivery.fail(plan, decoded.rejected)
-        self._metrics.stage("read", self._clock.monotonic() - now)
-
     def _hold(self, now: float) -> None:
         """Decide which routes must not take because something of their own is away."""
         held = self._delivery.held()
@@ -277,6 +260,8 @@ class WorkerLoop:
                 for plan in self._plans.values():
                     if plan.redis:
                         held.setdefault(plan.name, "redis does not answer")
+        for name, reason in self._brakes.held().items():
+            held.setdefault(name, reason)
         for name in held.keys() - self.held.keys():
             log.warning("route_paused", route=name, reason=held[name])
             self._metrics.route_paused(name, True)
@@ -289,44 +274,41 @@ class WorkerLoop:
 
     def _wait_s(self, now: float, max_wait_s: float) -> float:
         """Return how long nothing can be missed: short while something is under way elsewhere."""
-        if any(engine.in_flight for engine in self._engines) or self._outlet.pending():
+        if self.engines.running or self._outlet.pending():
             return min(max_wait_s, BUSY_WAIT_S)
         wait_s = max_wait_s
         if self._results is not None and self._results.pending():
             wait_s = min(wait_s, BUSY_WAIT_S)
-        if self.batcher.rows:
-            now_ms = self._clock.utc_ms()
-            for engine in self._engines:
-                wait_s = min(wait_s, self.batcher.next_due(engine.model, engine.version, now, now_ms) - now)
+        wait_s = min(wait_s, self.engines.next_due_s(now))
         return max(0.0, wait_s)
 
     # Settling
 
     def _settled(self, settling: Settling) -> None:
         chunk = settling.chunk
-        if not self.ledger.settle(chunk, settling.rows):
+        if chunk.amqp is not None:
+            for sharing, row in self._reading.recent.settled(settling):
+                self._reading.settle(sharing, [row])
+        if not self._reading.settle(chunk, settling.rows) and not chunk.orphaned:
             return
         name = settling.plan.name
         for (version, variant, outcome), count in settling.outcomes.items():
             self._metrics.outcomes(name, version, variant, outcome, count)
+        if not settling.outcomes:  # they come again for another attempt
+            return
         now_ms = self._clock.utc_ms()
         timestamps = chunk.timestamps_ms
         if len(settling.rows) < len(timestamps):
             timestamps = [timestamps[row] for row in settling.rows]
         self._metrics.request_seconds(name, (now_ms - np.array(timestamps)) / 1000)
-        if not chunk.open:
-            self._release(chunk)
-
-    def _release(self, chunk: Chunk) -> None:
-        charge = self._charged.pop(chunk, None)
-        if charge is not None:
-            self.admission.freed(*charge)
 
     def _commit(self, now: float) -> None:
         if now - self._committed_at < COMMIT_EVERY_S:
-            return
-        self._committed_at = now
-        positions = self.ledger.positions()
+            # An acknowledgement costs RabbitMQ little, and makes room for the next message.
+            positions = self.ledger.positions(self._prompt) if self._prompt else {}
+        else:
+            self._committed_at = now
+            positions = self.ledger.positions()
         if positions:
             self._intake.settle(positions)
 
@@ -335,6 +317,7 @@ class WorkerLoop:
     def assigned(self, streams: Collection[Stream]) -> None:
         """Start an epoch for each stream."""
         self.ledger.assigned(streams)
+        self._prompt.update(stream for stream in streams if on_rabbitmq(stream.source))
 
     def revoked(self, streams: Collection[Stream], grace_s: float) -> Mapping[Stream, int]:
         """Finish what ends within the grace, settle the prefix, forget the rest."""
@@ -358,15 +341,21 @@ class WorkerLoop:
 
     def _give_up(self, streams: Collection[Stream]) -> None:
         forgotten = self.ledger.ended(streams)
+        self._prompt.difference_update(streams)
+        if not forgotten:
+            return
+        dropped = self.engines.drop_dead() + self._brakes.drop_dead()
+        orphans = 0
         for chunk in forgotten:
-            self._release(chunk)
-        if forgotten:
-            self.batcher.drop_dead()
-            log.info(
-                "records_given_back",
-                records=sum(chunk.open for chunk in forgotten),
-                streams=len(set(streams)),
-            )
+            self._reading.release(chunk)
+            if chunk.amqp is not None and not self._draining:
+                orphans += self._reading.orphan(self._plans.get(chunk.stream.source), chunk, dropped)
+        log.info(
+            "records_given_back",
+            records=sum(chunk.open for chunk in forgotten),
+            streams=len(set(streams)),
+            still_running=orphans,
+        )
 
     # Ending
 
@@ -374,7 +363,7 @@ class WorkerLoop:
         """Take nothing more, finish what was taken within ``timeout_s``; return how many stay open."""
         self._draining = True
         until = self._clock.monotonic() + timeout_s
-        while self.open and (left := until - self._clock.monotonic()) > 0:
+        while self.open > self._brakes.withheld() and (left := until - self._clock.monotonic()) > 0:
             self.turn(min(left, BUSY_WAIT_S))
         return self.open
 
@@ -382,14 +371,16 @@ class WorkerLoop:
         """Refresh the metrics that are read off, not counted."""
         lag: dict[str, int] = {}
         for stream, records in self._intake.lag().items():
-            lag[stream.source] = lag.get(stream.source, 0) + records
+            plan = self._plans.get(stream.source)
+            if plan is not None:
+                lag[plan.name] = lag.get(plan.name, 0) + records
         now_ms = self._clock.utc_ms()
-        for source, plan in self._plans.items():
-            oldest = self.ledger.oldest_timestamp_ms((source,))
+        for plan in {plan.name: plan for plan in self._plans.values()}.values():
+            oldest = self.ledger.oldest_timestamp_ms(plan.sources)
             self._metrics.oldest_request_seconds(
                 plan.name, 0.0 if oldest is None else max(0.0, (now_ms - oldest) / 1000)
             )
-            self._metrics.consumer_lag(plan.name, lag.get(source, 0))
+            self._metrics.consumer_lag(plan.name, lag.get(plan.name, 0))
             self._metrics.in_flight(plan.name, *self.admission.held(plan.name))
             for variant in plan.variants:
                 served = variant.served

@@ -57,7 +57,7 @@ class Parking:
             again = _Parked(parked.text)
             again.delay_s = min(parked.delay_s * 2, PARKED_RETRY_MAX_S)
             again.next_at = now + again.delay_s
-            live = [group for group in parked.groups if group[0].chunk.live]
+            live = [group for group in parked.groups if group[0].chunk.wanted]
             if live:
                 # Kept while its envelopes are out, so that a further refusal finds the longer pause.
                 self._parked[destination] = again

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
-from inferfleet.config import Config, dead_letter_topic
+from inferfleet.addresses import REPLY, on_rabbitmq
+from inferfleet.config import Config
 from inferfleet.core.routing import Steering
 from inferfleet.errors import ConfigError
+from inferfleet.naming import dead_letter_address, retry_addresses, retry_sources, source_address
 from inferfleet.ports import BatchingWishes
-from inferfleet.records import Header, Lane, Requests, Served, Signature
+from inferfleet.records import Amqp, Header, Lane, Requests, Served, Signature
 from inferfleet.routes import Route, Variant
 from inferfleet.wire.decode import Decoder
 from inferfleet.wire.encode import AnswerWriter, served_header
@@ -35,10 +38,7 @@ class VariantPlan:
         self.served = Served(route.name, route.model, variant.version, variant.name, revision)
         self.header: Header = served_header(self.served, config.worker_id)
         self.writer = AnswerWriter(route.model, variant.version, engine.signature)
-        self._max_batch_size = _first(
-            route.max_batch_size, limits.max_batch_size, config.batching.max_batch_size
-        )
-        self._max_batch_size = min(self._max_batch_size, config.limits.in_flight_rows)
+        self._max_batch_size = max_batch_size(route, limits, config)
         self._delay_s = (
             _first(route.max_queue_delay_ms, limits.max_queue_delay_ms, config.batching.max_queue_delay_ms)
             / 1000
@@ -67,7 +67,12 @@ class VariantPlan:
 
 
 class RoutePlan:
-    """Everything the loop needs for the records of one source."""
+    """Everything the loop needs for the records of one source.
+
+    ``sources`` are the source itself and those of its delayed attempts, ``retries`` where these are
+    published, one for each delay. ``destinations`` are the topics and exchanges that every outcome goes to;
+    ``reply`` says that it also goes to the queue that the request names.
+    """
 
     def __init__(
         self,
@@ -80,10 +85,20 @@ class RoutePlan:
         self.route = route
         self.revision = revision
         self.name = route.name
-        self.source = route.source.name
-        self.topics = [destination.name for destination in route.results if destination.kind == "kafka"]
+        self.source = source_address(route)
+        self.retries = retry_addresses(config, route)
+        self.retry_sources = retry_sources(config, route)
+        self.sources = (self.source, *self.retry_sources)
+        self.destinations = [
+            f"rabbitmq:{each.name}" if each.kind == "rabbitmq" else each.name
+            for each in route.results
+            if each.kind in ("kafka", "rabbitmq")
+        ]
+        self.reply = any(destination.kind == "reply" for destination in route.results)
         self.redis = any(destination.kind == "redis" for destination in route.results)
-        self.dead_letters = dead_letter_topic(config, self.source)
+        self._reply_to = config.rabbitmq.reply_to
+        self.published = frozenset((*self.destinations, REPLY))
+        self.dead_letters = dead_letter_address(config, route)
         self.ttl_s = route.ttl_s if route.ttl_s is not None else config.results.ttl_s
         self.nan_allowed = route.nan == "allow"
         self.variants = [
@@ -115,6 +130,7 @@ class RoutePlan:
             Limits(config.limits.max_request_bytes, max_rows, self.nan_allowed),
             columns=route.input == "columns",
             deadline_ms=route.deadline_ms,
+            needs_id=on_rabbitmq(self.source) and not self.destinations and not self.reply,
         )
 
     def __repr__(self) -> str:
@@ -168,9 +184,23 @@ class RoutePlan:
             for key, request_id in zip(found, part.ids, strict=True)
         ]
 
+    def may_reply(self, amqp: Amqp) -> bool:
+        """Return whether a request names a queue, and one that a caller may call its own.
+
+        Any other would be a way to write, with the worker's rights, where the caller must not.
+        """
+        queue = amqp.reply_to
+        return bool(queue) and any(fnmatchcase(queue or "", pattern) for pattern in self._reply_to)
+
     def variant_of(self, served: Served | None) -> VariantPlan | None:
         """Return the variant that ``served`` names."""
         return next((plan for plan in self.variants if plan.served == served), None)
+
+
+def max_batch_size(route: Route, wishes: BatchingWishes, config: Config) -> int:
+    """Return the most rows of one batch: the route's word before the model's before the configuration's."""
+    size = _first(route.max_batch_size, wishes.max_batch_size, config.batching.max_batch_size)
+    return min(size, config.limits.in_flight_rows)
 
 
 def _first(*values: float | int | None) -> int:

@@ -28,9 +28,13 @@ class OutcomeListener(Protocol):
 
 
 class Settling:
-    """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out."""
+    """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out.
 
-    __slots__ = ("chunk", "delivery", "open", "outcomes", "plan", "replaced", "rows")
+    ``ids`` are the requests' own (``None`` where one could not be read); without ``outcomes`` the records go
+    on to another attempt, which is no outcome yet.
+    """
+
+    __slots__ = ("chunk", "delivery", "ids", "open", "outcomes", "plan", "replaced", "rows")
 
     def __init__(
         self,
@@ -39,12 +43,14 @@ class Settling:
         chunk: Chunk,
         rows: list[int],
         outcomes: dict[Outcome, int],
+        ids: Sequence[str | None],
     ) -> None:
         self.delivery = delivery
         self.plan = plan
         self.chunk = chunk
         self.rows = rows
         self.outcomes = outcomes
+        self.ids = ids
         self.replaced: set[int] = set()
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share
 

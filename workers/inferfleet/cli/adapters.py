@@ -1,0 +1,205 @@
+"""Chooses what a worker is joined to, by what the routes of its pool name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from inferfleet.cli.slot import state_folder
+from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
+from inferfleet.config import Config, kafka_client_config
+from inferfleet.naming import retry_addresses, retry_group, retry_sources, retry_topics, source_address
+from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, ResultOutlet
+from inferfleet.routes import Route
+from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.engine import SLOTS
+from inferfleet.worker.lifecycle import Models
+from inferfleet.worker.outlets import Outlets
+from inferfleet.worker.plan import max_batch_size
+from inferfleet.worker.sources import Sources
+
+if TYPE_CHECKING:
+    from inferfleet.brokers.rabbitmq_link import RabbitLink
+    from inferfleet.redis_access import Place
+
+MAX_PREFETCH = 65_535
+"""The protocol's own bound."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The adapters of one worker. ``brokers`` are those that a route may name until the process ends."""
+
+    intake: Intake
+    outlet: Outlet
+    results: ResultOutlet | None
+    pauses: PauseBoard
+    marks: CrashMarks
+    brokers: frozenset[str]
+    close: Callable[[], None]
+
+
+class Joining:
+    """Builds the adapters that these routes need; ``news`` is the queue that wakes the worker loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        routes: tuple[Route, ...],
+        models: Models,
+        news: SimpleQueue[Any],
+        metrics: PrometheusMetrics,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self.routes = routes
+        """The routes of the pool as they were read last."""
+        self._models = models
+        self._news = news
+        self._metrics = metrics
+        self._clock = clock
+        self._kafka = uses_kafka(routes)
+        self._link = self._open_link() if uses_rabbitmq(routes) else None
+        self._redis = any(result.kind == "redis" for route in routes for result in route.results)
+
+    def join(self) -> Joined:
+        """Return the adapters; none of them waits for a server to be there."""
+        link = self._link
+        brokers = {"kafka"} if self._kafka else set()
+        return Joined(
+            self._intake(),
+            self._outlet(),
+            self._results(),
+            self._pauses(),
+            self._marks(),
+            frozenset(brokers | ({"rabbitmq"} if link is not None else set())),
+            close=lambda: None if link is None else link.close(),
+        )
+
+    def _open_link(self) -> RabbitLink:
+        from inferfleet.brokers.rabbitmq_link import RabbitLink, rabbit_options
+
+        return RabbitLink(rabbit_options(self._config), wake=lambda: self._news.put(None))
+
+    def _intake(self) -> Intake:
+        config, clock = self._config, self._clock
+        takes = {route.source.kind for route in self.routes}
+        kafka = self._kafka_intake(config.group) if self._kafka else None
+        delayed: Intake | None = None
+        if "kafka" in takes and config.retry.delays_ms:
+            from inferfleet.brokers.delayed import DelayedIntake
+
+            # From the start: what was put there before this group first joined waits like all else.
+            delayed = DelayedIntake(self._kafka_intake(retry_group(config), "earliest"), clock)
+        rabbit = self._rabbit_intake(self._link) if self._link is not None and "rabbitmq" in takes else None
+        return Sources(kafka, delayed, rabbit, retry_topics(config), clock)
+
+    def _kafka_intake(self, group: str, start: str | int | None = None) -> Intake:
+        from inferfleet.brokers.kafka_intake import KafkaIntake, KafkaIntakeOptions
+
+        config = self._config
+        timestamp = config.kafka.start_timestamp_ms
+        return KafkaIntake(
+            KafkaIntakeOptions(
+                group,
+                kafka_client_config(config),
+                start or (config.kafka.start if timestamp is None else timestamp),
+                config.kafka.group_protocol,
+                config.kafka.session_timeout_ms,
+                config.worker_id if config.kafka.static_membership else None,
+                config.kafka.consumer,
+            )
+        )
+
+    def _rabbit_intake(self, link: RabbitLink) -> Intake:
+        from inferfleet.brokers.rabbitmq_intake import RabbitIntake
+
+        delays = {source_address(route): retry_addresses(self._config, route) for route in self.routes}
+        return RabbitIntake(link, prefetch=self._prefetch, delays=delays)
+
+    def _prefetch(self, source: str) -> int:
+        """Return how many messages may be out at once: a batch more than the engines hold."""
+        config = self._config
+        if config.rabbitmq.prefetch:
+            return config.rabbitmq.prefetch
+        route = next(
+            each
+            for each in self.routes
+            if source == source_address(each) or source in retry_sources(config, each)
+        )
+        rows = sum(
+            max_batch_size(route, self._models.wishes(route.model, variant.version), config)
+            for variant in route.variants
+        )
+        return min(rows * (SLOTS + 1), MAX_PREFETCH)
+
+    def _outlet(self) -> Outlet:
+        kafka = self._kafka_outlet() if self._kafka else None
+        rabbit: Outlet | None = None
+        if self._link is not None:
+            from inferfleet.brokers.rabbitmq_outlet import RabbitOutlet
+
+            rabbit = RabbitOutlet(self._link, self._config.rabbitmq.reply_to)
+        if kafka is not None and rabbit is not None:
+            return Outlets(kafka, rabbit, self._clock)
+        found = kafka or rabbit
+        if found is None:
+            raise LookupError("no route names a broker")
+        return found
+
+    def _kafka_outlet(self) -> Outlet:
+        from inferfleet.brokers.kafka_outlet import KafkaOutlet, producer_properties
+
+        limits = self._config.limits
+        largest = max(limits.max_result_bytes, limits.max_request_bytes) + 131_072
+        client = kafka_client_config(self._config)
+        return KafkaOutlet(producer_properties(client, self._config.kafka.producer, largest))
+
+    def _results(self) -> ResultOutlet | None:
+        """Return the Redis outlet if any route keeps results there, or clients may wait on reply streams."""
+        if not self._redis:
+            return None
+        from inferfleet.redis_access import open_redis, place_of
+        from inferfleet.results.redis import OutletOptions, RedisResults
+
+        place = replace(place_of(self._config), client_name=self._config.worker_id)
+        return RedisResults(
+            lambda: open_redis(place),
+            self._config.fleet.name,
+            wake=lambda: self._news.put(None),
+            stood=self._metrics.redeliveries,
+            # Keys of one atomic step share a slot on a cluster, so there each row is a step.
+            options=OutletOptions(rows_per_step=1) if place.mode == "cluster" else None,
+        )
+
+    def _control(self) -> Place | None:
+        """Return the Redis that the pool shares its pauses and marks through; ``None`` where it has none."""
+        if self._config.control is None and not self._redis:
+            return None
+        from inferfleet.redis_access import control_place_of
+
+        return replace(control_place_of(self._config), client_name=self._config.worker_id)
+
+    def _pauses(self) -> PauseBoard:
+        from inferfleet.control.pauses import LocalPauses, RedisPauses
+
+        place = self._control()
+        if place is None:
+            return LocalPauses()
+        from inferfleet.redis_access import open_redis
+
+        return RedisPauses(lambda: open_redis(place), self._config.fleet.name, self._config.worker_id)
+
+    def _marks(self) -> CrashMarks:
+        from inferfleet.control.marks import FileMarks, RedisMarks
+
+        config = self._config
+        place = self._control()
+        if place is None:
+            name = f"{config.fleet.name}.{config.worker.pool}.{config.worker_id}.crash.json"
+            return FileMarks(state_folder(config) / name)
+        from inferfleet.redis_access import open_redis
+
+        return RedisMarks(lambda: open_redis(place), config.fleet.name, config.worker.pool, config.worker_id)

@@ -1,0 +1,91 @@
+"""Stopping a route whose model fails, instead of emptying its source into the dead letters.
+
+A brake counts failures of first attempts before anything is moved. When it trips, the route is paused, for
+the whole pool where the pauses are shared, and what has failed since is held back: it is open, so nothing is
+committed past it, and it runs again when somebody resumes the route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import structlog
+
+from inferfleet.core.brake import Brake
+from inferfleet.errors import RULES
+from inferfleet.ports import PauseBoard
+from inferfleet.records import Requests, RowFailure
+from inferfleet.worker.deadletter import origin_of
+
+log = structlog.get_logger(__name__)
+
+
+class Brakes:
+    """One brake a route, and what is held back while a route is paused; owned by the loop's thread."""
+
+    def __init__(self, board: PauseBoard, consecutive: int, share: float) -> None:
+        self._board = board
+        self._consecutive = consecutive
+        self._share = share
+        self._brakes: dict[str, Brake] = {}
+        self._withheld: dict[str, list[Requests]] = {}
+        self._paused: dict[str, str] = {}
+
+    def routes(self, names: Collection[str]) -> None:
+        """Follow the pauses of these routes from now on."""
+        self._board.watch(sorted(names))
+
+    def answered(self, route: str, count: int) -> None:
+        """``count`` first attempts of a route succeeded."""
+        self._brake(route).observe_ok(count)
+
+    def passed(self, route: str, failures: Sequence[RowFailure]) -> Sequence[RowFailure]:
+        """Count failures; return those that end now: while a route is paused, its model's do not."""
+        counted = [failure for failure in failures if RULES[failure.code].brake]
+        first = [f for f in counted if origin_of(f.part.chunk, f.part.rows[0]).attempt == 1]
+        if first:
+            brake = self._brake(route)
+            brake.observe_failures([f.part.ids[0] for f in first], [f.code for f in first])
+            if brake.tripped is not None and route not in self._board.current():
+                log.error("brake_tripped", route=route, reason=brake.tripped)
+                self._board.pause(route, brake.tripped)
+        if not counted or route not in self._board.current():
+            return failures
+        kept = [failure.part for failure in counted if failure.part.chunk.live]
+        self._withheld.setdefault(route, []).extend(kept)
+        return [f for f in failures if not (RULES[f.code].brake and f.part.chunk.live)]
+
+    def held(self) -> dict[str, str]:
+        """Return the routes that are paused, and why."""
+        return self._paused
+
+    def released(self) -> list[Requests]:
+        """Look at the pauses; return what was held back by routes that were resumed since."""
+        current = self._board.current()
+        if current == self._paused:
+            return []
+        again: list[Requests] = []
+        for route in self._paused.keys() - current.keys():
+            self._brake(route).reset()
+            again += [part for part in self._withheld.pop(route, ()) if part.chunk.live]
+        self._paused = dict(current)
+        return again
+
+    def withheld(self) -> int:
+        """Return how many requests are held back."""
+        return sum(part.chunk.live for parts in self._withheld.values() for part in parts)
+
+    def drop_dead(self) -> list[Requests]:
+        """Forget what was held back of streams that were taken away, and return it."""
+        dead = [part for parts in self._withheld.values() for part in parts if not part.chunk.live]
+        if dead:
+            self._withheld = {
+                route: [part for part in parts if part.chunk.live] for route, parts in self._withheld.items()
+            }
+        return dead
+
+    def _brake(self, route: str) -> Brake:
+        brake = self._brakes.get(route)
+        if brake is None:
+            brake = self._brakes[route] = Brake(self._consecutive, self._share)
+        return brake
