@@ -1,4 +1,4 @@
-"""A stand-in for a worker: takes requests from a real topic and answers through the real Redis outlet.
+"""A stand-in for a worker: takes requests from a real topic or queue and answers by the real Redis outlet.
 
 The answer to ``{"x": rows}`` is each row's sum; a row that holds -1 is an error outcome.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import msgspec
 import numpy as np
+import pika
 from confluent_kafka import Consumer
 
 from inferfleet.errors import Code
@@ -22,18 +23,87 @@ from inferfleet.wire.encode import error_body
 from inferfleet.wire.stored import payload_hash
 
 
-class Answerer:
-    """Answers every request of a topic until it is left; ``held`` makes it keep requests unanswered."""
+class Taken(NamedTuple):
+    """One request as it came; ``properties`` are AMQP's where it came from a queue."""
 
-    def __init__(self, bootstrap: str, redis_url: str, fleet: str, route: str, topic: str) -> None:
-        self.held = threading.Event()
-        self.seen: list[dict[str, bytes]] = []
-        self._route = route
-        self._outlet = RedisResults(lambda: connect(Place(redis_url)), fleet, wake=lambda: None)
+    headers: dict[str, bytes]
+    value: bytes
+    properties: Any = None
+
+
+class Source(Protocol):
+    """Where an answerer takes requests from; used on its thread only."""
+
+    def take(self) -> list[Taken]: ...
+    def close(self) -> None: ...
+
+
+class TopicSource:
+    """A Kafka topic, read from its start."""
+
+    def __init__(self, bootstrap: str, topic: str, group: str) -> None:
         self._consumer = Consumer(
-            {"bootstrap.servers": bootstrap, "group.id": f"{fleet}.{topic}", "auto.offset.reset": "earliest"}
+            {"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest"}
         )
         self._consumer.subscribe([topic])
+
+    def take(self) -> list[Taken]:
+        """Return what has come within a moment."""
+        taken = self._consumer.consume(100, 0.05)
+        return [Taken(dict(each.headers() or []), each.value()) for each in taken]
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._consumer.close()
+
+
+class QueueSource:
+    """A RabbitMQ queue; what was taken is acknowledged at once."""
+
+    def __init__(self, url: str, queue: str) -> None:
+        self._url, self._queue = url, queue
+        self._connection: Any = None
+        self._messages: Any = None
+        self.channel: Any = None
+
+    def take(self) -> list[Taken]:
+        """Return what has come within a moment."""
+        if self._connection is None:
+            self._connection = pika.BlockingConnection(pika.URLParameters(self._url))
+            self.channel = self._connection.channel()
+            self.channel.basic_qos(prefetch_count=500)
+            self._messages = self.channel.consume(self._queue, inactivity_timeout=0.02)
+        taken: list[Taken] = []
+        for method, properties, body in self._messages:
+            if method is None:
+                break
+            self.channel.basic_ack(method.delivery_tag)
+            headers = {name: _bytes(value) for name, value in (properties.headers or {}).items()}
+            taken.append(Taken(headers, body, properties))
+            if len(taken) == 100:
+                break
+        return taken
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None and self._connection.is_open:
+            self._connection.close()
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+class Answerer:
+    """Answers every request of a source until it is left; ``held`` makes it keep requests unanswered."""
+
+    def __init__(self, source: Source, redis_url: str, fleet: str, route: str) -> None:
+        self.held = threading.Event()
+        self.seen: list[dict[str, bytes]] = []
+        self.taken: list[Taken] = []
+        self._route = route
+        self._source = source
+        self._outlet = RedisResults(lambda: connect(Place(redis_url)), fleet, wake=lambda: None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -49,24 +119,29 @@ class Answerer:
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        waiting: list[Any] = []
+        waiting: list[Taken] = []
         while not self._stop.is_set():
-            waiting += self._consumer.consume(100, 0.05)
+            waiting += self._source.take()
             if waiting and not self.held.is_set():
                 for message in waiting:
                     self._answer(message)
                 waiting = []
             self._outlet.poll()
-        self._consumer.close()
+        self._source.close()
         self._outlet.close(2)
 
-    def _answer(self, message: Any) -> None:
-        headers = dict(message.headers() or [])
+    def _answer(self, request: Taken) -> None:
+        headers = request.headers
         self.seen.append(headers)
+        self.taken.append(request)
         request_id = headers["inferfleet-id"].decode()
-        body = _body(message.value(), headers, request_id)
+        body = _body(request.value, headers, request_id)
+        if isinstance(self._source, QueueSource) and request.properties.reply_to:
+            said = pika.BasicProperties(correlation_id=request.properties.correlation_id)
+            self._source.channel.basic_publish("", request.properties.reply_to, body, said)
+            return
         reply = headers.get("inferfleet-reply")
-        row = _Row(self._outlet, self._route, request_id, payload_hash(message.value()), reply)
+        row = _Row(self._outlet, self._route, request_id, payload_hash(request.value), reply)
         row.publish(body, reply_only=False)
 
 

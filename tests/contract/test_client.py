@@ -1,4 +1,4 @@
-"""Both clients against a real Kafka and a real Redis: the same rules, asked through one face."""
+"""Both clients against real brokers and a real Redis: the same rules, asked through one face."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from inferfleet import AsyncClient, Client, Request, Result, ResultTimeout, Subm
 from inferfleet.client import DuplicateIdError
 from inferfleet.errors import ConfigError
 from inferfleet.wire.stored import reply_key, result_key
-from tests.contract.answering import Answerer
-from tests.support.kafka_server import KafkaServer
+from tests.contract.answering import Answerer, QueueSource, Source, TopicSource
+from tests.support.rabbitmq_server import RabbitServer
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -91,29 +91,43 @@ class Fleet(NamedTuple):
     make: Callable[..., Any]
     answerer: Answerer
     name: str
-    topic: str
+    missing: str
     redis: RedisServer
+
+
+@pytest.fixture(params=["kafka", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> str:
+    """Where requests go."""
+    return str(request.param)
 
 
 @pytest.fixture(params=[Threaded, Awaited], ids=["sync", "async"])
 def fleet(
-    request: pytest.FixtureRequest, kafka: KafkaServer, redis_server: RedisServer, topic: Any
+    request: pytest.FixtureRequest, broker: str, redis_server: RedisServer, topic: Any
 ) -> Iterator[Fleet]:
-    name, source = f"test-{secrets.token_hex(4)}", topic("requests", partitions=2)
+    name = f"test-{secrets.token_hex(4)}"
     made: list[Face] = []
+    options: dict[str, Any] = {"redis_url": redis_server.url, "fleet": name}
+    source: Source
+    if broker == "kafka":
+        bootstrap = request.getfixturevalue("kafka").bootstrap_servers
+        requests = topic("requests", partitions=2)
+        source = TopicSource(bootstrap, requests, f"{name}.{requests}")
+        options |= {"bootstrap_servers": bootstrap, "routes": {"sums": requests}}
+        missing = "no.such.topic"
+    else:
+        rabbitmq: RabbitServer = request.getfixturevalue("rabbitmq")
+        rabbitmq.declare(f"{name}.requests")
+        source = QueueSource(rabbitmq.url, f"{name}.requests")
+        options |= {"rabbitmq_url": rabbitmq.url, "routes": {"sums": f"rabbitmq:{name}.requests"}}
+        missing = "rabbitmq:no.such.queue"
 
     def make(**changes: Any) -> Face:
-        options = {
-            "bootstrap_servers": kafka.bootstrap_servers,
-            "redis_url": redis_server.url,
-            "fleet": name,
-            "routes": {"sums": source},
-        }
         made.append(request.param(**(options | changes)))
         return made[-1]
 
-    with Answerer(kafka.bootstrap_servers, redis_server.url, name, "sums", source) as answerer:
-        yield Fleet(make, answerer, name, source, redis_server)
+    with Answerer(source, redis_server.url, name, "sums") as answerer:
+        yield Fleet(make, answerer, name, missing, redis_server)
         for client in made:
             client.close()
 
@@ -263,13 +277,13 @@ def test_a_fixed_payload_is_answered_after_an_error(fleet: Fleet) -> None:
     assert client.result(client.submit("sums", rows(3), id="fix"), 30).outputs["sum"].item() == 3
 
 
-def test_a_missing_topic_is_an_exception_that_names_it(fleet: Fleet) -> None:
+def test_a_missing_source_is_an_exception_that_names_it(fleet: Fleet) -> None:
     """What was not delivered is told to who waits, and to the next flush."""
-    client = fleet.make(routes={"sums": "no.such.topic"})
+    client = fleet.make(routes={"sums": fleet.missing})
     request_id = client.submit("sums", rows(1), id="lost")
-    with pytest.raises(SubmitError, match=r"request lost: topic no\.such\.topic"):
+    with pytest.raises(SubmitError, match=r"request lost: (topic|queue) no\.such\."):
         client.result(request_id, 30)
-    with pytest.raises(SubmitError, match=r"no\.such\.topic"):
+    with pytest.raises(SubmitError, match=r"no\.such\."):
         client.flush()
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from inferfleet.cli import cli
 from inferfleet.models.repository import Repository
-from tests.contract.answering import Answerer
+from tests.contract.answering import Answerer, TopicSource
 from tests.support.kafka_server import KafkaServer
 from tests.support.redis_server import RedisServer
 
@@ -61,7 +61,8 @@ def place(tmp_path: Path, kafka: KafkaServer, redis_server: RedisServer, topic: 
     (tmp_path / "models").mkdir()
     (tmp_path / "model.py").write_text("class Model: ...\n")
     Repository(tmp_path / "models").add("sum", "1", [tmp_path / "model.py"], settings=MODEL)
-    with Answerer(kafka.bootstrap_servers, redis_server.url, fleet, "sums", source) as answerer:
+    taking = TopicSource(kafka.bootstrap_servers, source, f"{fleet}.{source}")
+    with Answerer(taking, redis_server.url, fleet, "sums") as answerer:
         yield Place(tmp_path, answerer)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from inferfleet import AsyncClient, Client, ResultTimeout
-from tests.contract.answering import Answerer
+from tests.contract.answering import Answerer, TopicSource
 from tests.support.kafka_server import KafkaServer
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -22,6 +22,10 @@ ROUTE = "sums"
 
 def rows(value: float) -> dict[str, Any]:
     return {"x": np.array([[value]], np.float32)}
+
+
+def taking(kafka: KafkaServer, topic: str, fleet: str) -> TopicSource:
+    return TopicSource(kafka.bootstrap_servers, topic, f"{fleet}.{topic}")
 
 
 def options(kafka: KafkaServer, redis: RedisServer, topic: str, fleet: str) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def test_waiting_goes_on_after_redis_was_killed(kafka: KafkaServer, data_folder:
     """Requests submitted before and during the outage are answered after it; a short wait names Redis."""
     source, fleet = topic("requests"), f"test-{secrets.token_hex(4)}"
     with RedisServer(data_folder) as redis:
-        answering = Answerer(kafka.bootstrap_servers, redis.url, fleet, ROUTE, source)
+        answering = Answerer(taking(kafka, source, fleet), redis.url, fleet, ROUTE)
         with answering, Client(**options(kafka, redis, source, fleet)) as client:
             assert client.result(client.submit(ROUTE, rows(0)), 30).ok
             redis.kill()
@@ -68,7 +72,7 @@ def test_the_asyncio_client_waits_through_an_outage_too(
 
     with (
         RedisServer(data_folder) as redis,
-        Answerer(kafka.bootstrap_servers, redis.url, fleet, ROUTE, source),
+        Answerer(taking(kafka, source, fleet), redis.url, fleet, ROUTE),
     ):
         assert asyncio.run(run(redis)) == list(range(100))
 

@@ -59,7 +59,7 @@ def submit(
     if (file is None) == (sample is None):
         raise click.UsageError("give either FILE (- for standard input) or --sample N")
     route = session.routes.named(route_name)
-    if wait and not any(each.kind == "redis" for each in route.results):
+    if wait and not any(each.kind in ("redis", "reply") for each in route.results):
         raise ConfigError(
             f'route "{route.name}" keeps no results in Redis; --wait needs "redis" in its results'
         )

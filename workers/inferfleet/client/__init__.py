@@ -1,4 +1,4 @@
-"""Clients: submit a request to a route's topic and wait for its result in Redis.
+"""Clients: submit a request to a route's topic or queue and wait for its result.
 
 ``Client`` is for threads, ``AsyncClient`` for asyncio; both keep the same rules (``inbox``, ``session``).
 """

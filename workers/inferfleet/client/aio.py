@@ -1,7 +1,7 @@
 """The client for asyncio: the rules of the threaded one, its waiting done by the loop itself.
 
-Results are read by one task with redis-py's asyncio client; Kafka deliveries are heard by the producer's
-thread, which tells the loop of failures only. Use it from the loop that entered it.
+Results are read by one task with redis-py's asyncio client; deliveries are heard by a thread of the sender's,
+which tells the loop of failures only. Use it from the loop that entered it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 from inferfleet.client.inbox import Done, Inbox
 from inferfleet.client.outcome import ClientError, Outcome, Result, ResultTimeout, SubmitError
 from inferfleet.client.request import Inputs, Request, RequestOptions
-from inferfleet.client.sender import Sender
+from inferfleet.client.sender import Message, Sender
+from inferfleet.client.senders import Senders
 from inferfleet.client.session import open_session
 from inferfleet.client.sync import BLOCK_MS, SWEEP_ROWS
 from inferfleet.client.window import Window
@@ -31,13 +32,14 @@ _FIRST_DELAY_S, _MAX_DELAY_S = 0.02, 0.5
 
 
 class AsyncClient:
-    """Submits requests to Kafka and awaits their results in Redis; the arguments are those of ``Client``."""
+    """Submits requests and awaits their results; the arguments are those of ``Client``."""
 
     def __init__(
         self,
         config: Config | str | os.PathLike[str] | None = None,
         *,
         bootstrap_servers: str | None = None,
+        rabbitmq_url: str | None = None,
         redis_url: str | None = None,
         fleet: str | None = None,
         routes: Mapping[str, str] | None = None,
@@ -46,6 +48,7 @@ class AsyncClient:
         self._session = open_session(
             config,
             bootstrap_servers=bootstrap_servers,
+            rabbitmq_url=rabbitmq_url,
             redis_url=redis_url,
             fleet=fleet,
             routes=routes,
@@ -73,7 +76,7 @@ class AsyncClient:
     async def send(self, route: str, request: Request, done: Done | None = None) -> str:
         """Submit a ready :class:`Request`; ``done`` is called on the loop with its outcome."""
         message, payload = self._session.prepare(route, request)
-        sender = self._running()
+        sender = self._running(message)
         if self._session.reply is not None:
             self._inbox.expect(message.id, route, payload, done)
         try:
@@ -86,7 +89,7 @@ class AsyncClient:
         return message.id
 
     async def flush(self, timeout_s: float = 30.0) -> None:
-        """Wait until Kafka has every submitted request. Raises :class:`SubmitError` if one is not taken."""
+        """Wait until the broker has all that was submitted; :class:`SubmitError` if it does not take one."""
         if self._sender is not None:
             await asyncio.to_thread(self._sender.flush, timeout_s)
 
@@ -96,7 +99,7 @@ class AsyncClient:
         came: asyncio.Queue[Outcome] = asyncio.Queue()
         done = came.put_nowait
         if not self._inbox.claim(request_id, done):
-            return await self._poll(request_id, self._session.route_named(route), ends_at, timeout)
+            return await self._poll(request_id, self._session.stored_route(route), ends_at, timeout)
         try:
             async with asyncio.timeout(timeout):
                 outcome = await came.get()
@@ -183,21 +186,25 @@ class AsyncClient:
                 raise self._late(request_id, timeout_s) from None
             return came.get_nowait()
 
-    def _running(self) -> Sender:
-        """Return the sender; the first call starts it and the reader."""
+    def _running(self, message: Message) -> Sender:
+        """Return the sender; the first call starts it, and the first for a result in Redis the reader."""
         if self._closed:
             raise ClientError("the client is closed")
+        loop = asyncio.get_running_loop()
         if self._sender is None:
-            loop = asyncio.get_running_loop()
 
             def undelivered(request_id: str, failure: SubmitError) -> None:
                 # A loop that is closed has nobody left who waits.
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._inbox.failed, request_id, failure)
 
-            self._sender = Sender(self._session.kafka, undelivered)
-            if self._session.reply is not None:
-                self._reader = loop.create_task(self._read(), name="inferfleet-replies")
+            def replied(request_id: str, body: bytes) -> None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._inbox.replied, request_id, body)
+
+            self._sender = Senders(self._session, undelivered, replied)
+        if self._reader is None and self._session.reply is not None and not message.by_reply:
+            self._reader = loop.create_task(self._read(), name="inferfleet-replies")
         return self._sender
 
     def _open(self) -> Any:
@@ -242,7 +249,7 @@ class AsyncClient:
     async def _look_last(self, request_id: str) -> None:
         """The time is up: what stands now is the outcome, if it answers this request."""
         route = self._inbox.route_of(request_id)
-        if route is None:
+        if route is None or self._session.by_reply(route):
             return
         try:
             body = await self._open().get(result_key(self._session.fleet, route, request_id))

@@ -1,131 +1,64 @@
-"""Puts requests into topics: an idempotent producer whose failures are never silent."""
+"""What puts requests into topics and queues: one face for both brokers."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-from confluent_kafka import KafkaError, KafkaException, Producer
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
 
 from inferfleet.client.outcome import SubmitError
-from inferfleet.errors import ConfigError
 
-Failed = Callable[[str, SubmitError], None]
+Failed: TypeAlias = Callable[[str, SubmitError], None]
+Replied: TypeAlias = Callable[[str, bytes], None]
 
 
 class Message(NamedTuple):
-    """One record on its way out."""
+    """One request on its way out.
+
+    ``topic`` is an address (:mod:`inferfleet.addresses`); ``by_reply`` asks for the answer on the sender's
+    own reply queue, which only RabbitMQ has.
+    """
 
     id: str
     topic: str
     key: bytes | None
     value: bytes
     headers: list[tuple[str, bytes]]
+    by_reply: bool = False
 
 
-def producer_properties(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return librdkafka properties: nothing doubled, and a missing topic is known in seconds."""
-    return {
-        "linger.ms": 1,
-        "message.timeout.ms": 30_000,
-        "topic.metadata.propagation.max.ms": 5_000,
-        "reconnect.backoff.max.ms": 1_000,
-        "queue.buffering.max.messages": 100_000,
-        **given,
-        "enable.idempotence": True,
-        "partitioner": "murmur2_random",
-    }
+class Sender(Protocol):
+    """Sends messages; any thread may call it, and every wait is bounded.
 
-
-class Sender:
-    """Owns a producer and the thread that hears of deliveries.
-
-    ``failed`` is called on that thread with the id and the reason. A failure is also raised by the next
-    ``send`` or ``flush``, so that a caller who never waits for results hears of it. Raises ConfigError for
-    properties that librdkafka refuses.
+    Whoever made it gave it a function that hears of each failure, on a thread of the sender's. A failure is
+    also raised by the next ``send`` or ``flush``, so that a caller who never waits for results hears of it.
     """
 
-    def __init__(self, properties: Mapping[str, Any], failed: Failed) -> None:
-        try:
-            # librdkafka's own lines on stderr would break into a program's output; failures are raised.
-            self._producer = Producer({**properties, "error_cb": self._noted, "log_level": 0})
-        except KafkaException as error:
-            raise ConfigError(f"[kafka] client: {error.args[0].str()}") from None
-        self._failed = failed
-        self._failures: list[SubmitError] = []
-        self._last_error = ""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="inferfleet-sender", daemon=True)
-        self._thread.start()
-
     def send(self, message: Message, timeout_s: float = 30.0) -> None:
-        """Hand over; waits up to ``timeout_s`` while the producer's queue is full. Raises SubmitError."""
-        gives_up_at = time.monotonic() + timeout_s
-        while not self.try_send(message):
-            if time.monotonic() >= gives_up_at:
-                raise SubmitError(
-                    f"request {message.id}: the send queue stayed full for {timeout_s:g} s{self._why()}",
-                    message.id,
-                )
-            self._producer.poll(0.05)
+        """Hand over; waits up to ``timeout_s`` while the sender is full. Raises SubmitError."""
 
     def try_send(self, message: Message) -> bool:
-        """Hand over without waiting; false while the queue is full. Raises SubmitError."""
-        self._raise_failures()
-        try:
-            self._producer.produce(
-                message.topic,
-                value=message.value,
-                key=message.key,
-                headers=message.headers,
-                on_delivery=lambda error, _: self._delivered(message.id, message.topic, error),
-            )
-        except BufferError:
-            return False
-        except KafkaException as error:
-            text = f"request {message.id}: topic {message.topic} does not take it: {error.args[0].str()}"
-            raise SubmitError(text, message.id) from None
-        return True
+        """Hand over without waiting; false while the sender is full. Raises SubmitError."""
 
     def flush(self, timeout_s: float) -> None:
         """Wait until everything handed over is delivered. Raises SubmitError if something is not."""
-        left = self._producer.flush(timeout_s)
-        self._raise_failures()
-        if left:
-            raise SubmitError(f"{left} requests were not delivered within {timeout_s:g} s{self._why()}")
 
     def close(self, timeout_s: float) -> int:
-        """Deliver what is left within ``timeout_s`` and end the thread; return how many stay undelivered."""
-        left = int(self._producer.flush(timeout_s))
-        if left:
-            self._producer.purge()
-            self._producer.flush(1.0)
-        self._stop.set()
-        self._thread.join(2.0)
-        return left
+        """Deliver what is left within ``timeout_s`` and end; return how many stay undelivered."""
 
-    def _poll(self) -> None:
-        while not self._stop.is_set():
-            self._producer.poll(0.1)
 
-    def _noted(self, error: KafkaError) -> None:
-        self._last_error = error.str()
+class Failures:
+    """Failures that the next call is to raise; added to on the sender's thread, raised on the caller's."""
 
-    def _why(self) -> str:
-        return f" ({self._last_error})" if self._last_error else ""
+    def __init__(self) -> None:
+        self._kept: list[SubmitError] = []
 
-    def _delivered(self, request_id: str, topic: str, error: KafkaError | None) -> None:
-        if error is None:
-            return
-        text = f"request {request_id}: topic {topic} did not take it: {error.str()}{self._why()}"
-        failure = SubmitError(text, request_id)
-        self._failures.append(failure)
-        self._failed(request_id, failure)
+    def add(self, failure: SubmitError) -> None:
+        """Keep a failure."""
+        self._kept.append(failure)
 
-    def _raise_failures(self) -> None:
-        if self._failures:
-            failures, self._failures = self._failures, []
+    def raise_kept(self) -> None:
+        """Raise the first failure kept, with the count of the others, and forget them all."""
+        if self._kept:
+            failures, self._kept = self._kept, []
             more = f" (and {len(failures) - 1} more requests)" if len(failures) > 1 else ""
             raise SubmitError(f"{failures[0]}{more}", failures[0].id)

@@ -1,8 +1,9 @@
 """The client for threads: every method may be called from any of them, and every wait is bounded.
 
-Two threads of its own: one hears of deliveries (``sender``), one reads the reply stream; both start with the
-first ``submit`` and end with ``close``. Results that are waited for come through the reply stream; once a
-second the reader looks whether a value already stands for what has not come.
+Threads of its own: for each broker in use one that hears of deliveries (``senders``), and one that reads the
+reply stream; they start with the first ``submit`` that needs them and end with ``close``. Results that are
+waited for come through the reply stream; once a second the reader looks whether a value already stands for
+what has not come.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from redis.exceptions import RedisError
 from inferfleet.client.inbox import Done, Inbox
 from inferfleet.client.outcome import ClientError, Outcome, Result, ResultTimeout, SubmitError
 from inferfleet.client.request import Inputs, Request, RequestOptions
-from inferfleet.client.sender import Sender
+from inferfleet.client.sender import Message, Sender
+from inferfleet.client.senders import Senders
 from inferfleet.client.session import open_session
 from inferfleet.client.window import Window
 from inferfleet.config import Config
@@ -34,12 +36,16 @@ _FIRST_DELAY_S, _MAX_DELAY_S = 0.02, 0.5
 
 
 class Client:
-    """Submits requests to Kafka and waits for their results in Redis.
+    """Submits requests to Kafka or RabbitMQ and waits for their results in Redis.
 
     ``config`` is a :class:`~inferfleet.config.Config` or a path to ``fleet.toml``; the other arguments
-    overrule it, and with ``bootstrap_servers`` and ``routes`` (route to topic) none is needed. With
-    ``reply=False`` requests carry no reply stream and Redis is touched by ``result`` alone. Close it, or use
-    it as a context manager. Raises :class:`~inferfleet.errors.ConfigError`.
+    overrule it, and with ``bootstrap_servers`` or ``rabbitmq_url``, and ``routes``, none is needed.
+    ``routes`` maps a route to its source, ``TOPIC`` or ``rabbitmq:QUEUE``. With ``reply=False`` requests ask
+    for no reply and Redis is touched by ``result`` alone. Close it, or use it as a context manager. Raises
+    :class:`~inferfleet.errors.ConfigError`.
+
+    A route that answers to ``reply`` and not to Redis is waited for on a queue of the client's own, which
+    lasts as long as its connection.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Client:
         config: Config | str | os.PathLike[str] | None = None,
         *,
         bootstrap_servers: str | None = None,
+        rabbitmq_url: str | None = None,
         redis_url: str | None = None,
         fleet: str | None = None,
         routes: Mapping[str, str] | None = None,
@@ -55,6 +62,7 @@ class Client:
         self._session = open_session(
             config,
             bootstrap_servers=bootstrap_servers,
+            rabbitmq_url=rabbitmq_url,
             redis_url=redis_url,
             fleet=fleet,
             routes=routes,
@@ -77,7 +85,7 @@ class Client:
         self.close()
 
     def submit(self, route: str, inputs: Inputs | bytes, **options: Unpack[RequestOptions]) -> str:
-        """Hand one request over to the producer and return its id (``id``, else a new one).
+        """Hand one request over to the sender and return its id (``id``, else a new one).
 
         ``inputs`` and ``options`` (``id``, ``key``, ``headers``, ``deadline_ms``, ``priority``, ``binary``,
         ``topic``) are the fields of :class:`Request`.
@@ -90,7 +98,7 @@ class Client:
     def send(self, route: str, request: Request, done: Done | None = None) -> str:
         """Submit a ready :class:`Request`; ``done`` hears its outcome, on one of the client's threads."""
         message, payload = self._session.prepare(route, request)
-        sender = self._running()
+        sender = self._running(message)
         if self._session.reply is not None:
             with self._lock:
                 self._inbox.expect(message.id, route, payload, done)
@@ -103,7 +111,7 @@ class Client:
         return message.id
 
     def flush(self, timeout_s: float = 30.0) -> None:
-        """Wait until Kafka has every submitted request. Raises :class:`SubmitError` if one is not taken."""
+        """Wait until the broker has all that was submitted; :class:`SubmitError` if it does not take one."""
         if self._sender is not None:
             self._sender.flush(timeout_s)
 
@@ -119,7 +127,7 @@ class Client:
         with self._lock:
             known = self._inbox.claim(request_id, came.put)
         if not known:
-            return self._poll(request_id, self._session.route_named(route), ends_at, timeout)
+            return self._poll(request_id, self._session.stored_route(route), ends_at, timeout)
         try:
             outcome = came.get(timeout=max(0.0, ends_at - time.monotonic()))
         except Empty:
@@ -224,21 +232,25 @@ class Client:
             except Empty:
                 raise self._late(request_id, timeout) from None
 
-    def _running(self) -> Sender:
-        """Return the sender; the first call starts it and the reader."""
+    def _running(self, message: Message) -> Sender:
+        """Return the sender; the first call starts it, and the first for a result in Redis the reader."""
         with self._lock:
             if self._stop.is_set():
                 raise ClientError("the client is closed")
             if self._sender is None:
-                self._sender = Sender(self._session.kafka, self._undelivered)
-                if self._session.reply is not None:
-                    self._reader = threading.Thread(target=self._read, name="inferfleet-replies", daemon=True)
-                    self._reader.start()
+                self._sender = Senders(self._session, self._undelivered, self._replied)
+            if self._reader is None and self._session.reply is not None and not message.by_reply:
+                self._reader = threading.Thread(target=self._read, name="inferfleet-replies", daemon=True)
+                self._reader.start()
             return self._sender
 
     def _undelivered(self, request_id: str, failure: SubmitError) -> None:
         with self._lock:
             self._inbox.failed(request_id, failure)
+
+    def _replied(self, request_id: str, body: bytes) -> None:
+        with self._lock:
+            self._inbox.replied(request_id, body)
 
     def _read(self) -> None:
         """Read the reply stream until the client is closed; an outage only delays it."""
@@ -303,8 +315,10 @@ class Client:
         """The time is up: what stands now is the outcome, if it answers this request."""
         with self._lock:
             route = self._inbox.route_of(request_id)
+        if route is None or self._session.by_reply(route):
+            return
         try:
-            body = self._get(route, request_id) if route is not None else None
+            body = self._get(route, request_id)
         except (RedisError, OSError) as error:
             self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
             return
