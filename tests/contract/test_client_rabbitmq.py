@@ -164,12 +164,16 @@ def test_a_full_queue_refuses(place: Place) -> None:
     """What the queue's own bound refuses is an exception, not a loss."""
     full = f"{place.fleet}.full"
     place.rabbitmq.declare(full, x_max_length=1, x_overflow="reject-publish")
-    with Client(place.config, reply=False) as client:
+
+    def fill(client: Client) -> None:
         # The queue tells publishers that it is full a little after it is.
-        with pytest.raises(SubmitError, match=f"queue {full} did not take it; it is full"):
-            for number in range(200):
-                client.submit("stored", rows(number), topic=f"rabbitmq:{full}")
-                client.flush()
+        for number in range(200):
+            client.submit("stored", rows(number), topic=f"rabbitmq:{full}")
+            client.flush()
+
+    refused = pytest.raises(SubmitError, match=f"queue {full} did not take it; it is full")
+    with Client(place.config, reply=False) as client, refused:
+        fill(client)
     place.rabbitmq.delete_queue(full)
 
 
