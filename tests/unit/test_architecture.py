@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "workers" / "inferfleet"
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
 
-ADAPTERS = ("brokers", "results", "runtimes", "models", "telemetry")
+ADAPTERS = ("brokers", "results", "runtimes", "models", "telemetry", "control")
 BELOW_ADAPTERS = {"nouns", "core", "wire"}
 
 # Layer -> the other layers it may import. A layer is a folder; "nouns" are the modules beside the folders
