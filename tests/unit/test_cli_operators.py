@@ -38,6 +38,9 @@ version = "1"
 pool = "slow"
 """
 WHO = Principals("User:w", "User:c", "User:o")
+GROUP = "digits.requests.inferfleet.default"
+RETRIES = [f"{GROUP}.retry.{delay}" for delay in (5000, 30000, 300000)]
+DERIVED = [f"{GROUP}.dlt", *RETRIES]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def broker() -> Iterator[str]:
     producer = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "unused", "log_level": 0})
     (found,) = producer.list_topics(timeout=10).brokers.values()
     address = f"{found.host}:{found.port}"
-    for topic in ("digits.requests", "shared.results", "digits.requests.inferfleet.default.dlt"):
+    for topic in ("digits.requests", "shared.results", *DERIVED):
         headers = [("inferfleet-code", b"E_SHAPE"), ("inferfleet-id", b"r-1")]
         producer.produce(topic, b"{}", headers=headers)
     assert producer.flush(10) == 0
@@ -69,7 +72,7 @@ def run(fleet: Path, *arguments: str, broker: str = "127.0.0.1:1", code: int = 0
 
 
 def test_each_topic_is_planned_once_with_all_its_roles() -> None:
-    """A shared results topic is one topic; each pool has dead letters of its own."""
+    """A shared results topic is one topic; each pool has dead letters and retries of its own."""
     routes = parse_routes(ROUTES, "inferfleet", "x").routes
     planned = plan_topics(Config(), routes, 6, 3)
 
@@ -77,13 +80,18 @@ def test_each_topic_is_planned_once_with_all_its_roles() -> None:
         ("digits.requests", ("source",), ("digits",), 6, 3),
         ("shared.results", ("results",), ("digits", "files"), 6, 3),
         ("digits.requests.inferfleet.default.dlt", ("dead letters",), ("digits",), 1, 3),
+        *((name, ("retries",), ("digits",), 1, 3) for name in RETRIES),
         ("files.requests", ("source",), ("files",), 6, 3),
         ("files.requests.inferfleet.slow.dlt", ("dead letters",), ("files",), 1, 3),
+        *(
+            (name.replace("digits", "files").replace("default", "slow"), ("retries",), ("files",), 1, 3)
+            for name in RETRIES
+        ),
     ]
 
 
 def test_a_worker_gets_exactly_what_it_needs() -> None:
-    """Read the sources and its group, write results and dead letters, nothing else."""
+    """Read the sources and its groups, write results and dead letters, both for retries, nothing else."""
     routes = parse_routes(ROUTES, "inferfleet", "x").routes[:1]
     rights = plan_rights(Config(), routes, WHO)
 
@@ -91,9 +99,12 @@ def test_a_worker_gets_exactly_what_it_needs() -> None:
         Right("User:w", "topic", "digits.requests", "Read"),
         Right("User:w", "topic", "shared.results", "Write"),
         Right("User:w", "topic", "digits.requests.inferfleet.default.dlt", "Write"),
+        *(Right("User:w", "topic", name, operation) for name in RETRIES for operation in ("Read", "Write")),
         Right("User:w", "group", "inferfleet.default", "Read"),
+        Right("User:w", "group", "inferfleet.default.retry", "Read"),
     ]
-    assert {each.operation for each in rights if each.principal == "User:o"} == {"Describe", "Read"}
+    written = {each.name for each in rights if (each.principal, each.operation) == ("User:o", "Write")}
+    assert written == set(RETRIES)  # by redrive
     assert len(set(rights)) == len(rights)
 
 
@@ -186,8 +197,9 @@ def test_doctor_looks_on_past_a_failure(fleet: Path, broker: str) -> None:
         "kafka": "ok",
         "topic digits.requests": "ok",
         "topic shared.results": "ok",
-        "topic digits.requests.inferfleet.default.dlt": "ok",
+        **dict.fromkeys((f"topic {name}" for name in DERIVED), "ok"),
         "group inferfleet.default": "warn",
+        "group inferfleet.default.retry": "warn",
         "redis": "FAIL",
         "model digits version 1": "FAIL",
         "admin": "ok",
@@ -354,5 +366,7 @@ def test_the_group_may_be_named_by_hand() -> None:
     routes = parse_routes(ROUTES, "inferfleet", "x").routes[:1]
     rights = plan_rights(config, routes, WHO)
 
-    assert {each.name for each in rights if each.resource == "group"} == {"mine", "inferfleet.client."}
-    assert plan_topics(config, routes, 1, 1)[-1].name == "digits.requests.mine.dlt"
+    groups = {each.name for each in rights if each.resource == "group"}
+    assert groups == {"mine", "mine.retry", "inferfleet.client."}
+    names = [each.name for each in plan_topics(config, routes, 1, 1)]
+    assert names[-4:-2] == ["digits.requests.mine.dlt", "digits.requests.mine.retry.5000"]

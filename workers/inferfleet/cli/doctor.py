@@ -18,7 +18,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
 def doctor(
     session: Session, context: click.Context, as_json: bool, no_load: bool, partitions: int | None
 ) -> None:
-    """Check settings, routes, Kafka, topics, rights, Redis, models and the admin port.
+    """Check settings, routes, Kafka, RabbitMQ, topics, queues, rights, Redis, models and the admin port.
 
     One line each: ok, warn (works, may surprise) or FAIL with the mend. Exits 1 if anything fails.
     """

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from inferfleet.cli.frame import Session
-from inferfleet.cli.topology import Role, route_topics
+from inferfleet.cli.topology import (
+    TOPIC_ACCESS,
+    Role,
+    needs,
+    retry_group_of,
+    route_topics,
+    uses_kafka,
+    uses_rabbitmq,
+)
 from inferfleet.config import Config, check_supported
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError
 from inferfleet.routes import Route
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
 
 PLAN_HINT = "`inferfleet topics plan` prints how to create it"
 RIGHTS_HINT = "`inferfleet topics plan --format acls` prints the rights"
+OLDEST_RABBITMQ = (3, 10)
+"""The first in which a queue hands on what has waited without losing any of it."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -49,7 +59,10 @@ def examine(session: Session, load_models: bool, partitions: int | None) -> Iter
         yield Finding("routes", "ok", f"{config.routes_path}, {', '.join(route.name for route in routes)}")
     except InferfleetError as error:
         yield Finding("routes", "FAIL", str(error))
-    yield from _kafka(config, routes, partitions)
+    if uses_kafka(routes) or not routes:
+        yield from _kafka(config, routes, partitions)
+    if uses_rabbitmq(routes):
+        yield from _rabbitmq(config, routes)
     if any(each.kind == "redis" for route in routes for each in route.results):
         yield _redis(config)
     yield from _models(config, routes, load_models)
@@ -87,8 +100,11 @@ def _kafka(config: Config, routes: Sequence[Route], partitions: int | None) -> I
         facts = _topic_facts(cluster, standing, list(needed))
         for route in routes:
             yield from _topics(config, route, facts, partitions)
-        if routes:
-            yield _group(config, cluster)
+        taken = [route for route in routes if route.source.kind == "kafka"]
+        if taken:
+            yield _group(cluster, config.group)
+        if any(role == "retries" for route in taken for role, _ in route_topics(config, route)):
+            yield _group(cluster, retry_group_of(config, config.worker.pool))
     except BrokerError as error:
         yield Finding("kafka", "FAIL", str(error))
     finally:
@@ -109,16 +125,16 @@ def _topic_facts(cluster: Cluster, standing: dict[str, int], names: Sequence[str
 def _topics(
     config: Config, route: Route, facts: dict[str, TopicFacts], partitions: int | None
 ) -> Iterator[Finding]:
-    source_count = facts[route.source.name].partitions
+    source_count = facts[route.source.name].partitions if route.source.kind == "kafka" else 0
     for role, name in route_topics(config, route):
         label, found = f"topic {name}", facts[name]
         if found.problem:
             mend = RIGHTS_HINT if found.denied else PLAN_HINT
             yield Finding(label, "FAIL", f"{role} of route {route.name}: {found.problem}; {mend}")
             continue
-        right = "READ" if role == "source" else "WRITE"
-        if found.rights and not found.rights & {right, "ALL"}:
-            text = f"{role} of route {route.name}: this user has no {right} right on it; {RIGHTS_HINT}"
+        lacking = sorted(TOPIC_ACCESS[role] - found.rights) if found.rights else []
+        if lacking and "ALL" not in found.rights:
+            text = f"{role} of route {route.name}: this user has no {lacking[0]} right on it; {RIGHTS_HINT}"
             yield Finding(label, "FAIL", text)
             continue
         yield judge_count(label, role, route, found.partitions, source_count, partitions)
@@ -140,10 +156,10 @@ def judge_count(
     return Finding(label, "ok", said)
 
 
-def _group(config: Config, cluster: Cluster) -> Finding:
-    label = f"group {config.group}"
+def _group(cluster: Cluster, group: str) -> Finding:
+    label = f"group {group}"
     try:
-        facts = cluster.describe_group(config.group)
+        facts = cluster.describe_group(group)
     except BrokerError as error:
         if "uthorization" in str(error) or "ccess denied" in str(error):
             return Finding(label, "FAIL", f"this user has no READ right on it; {RIGHTS_HINT}")
@@ -151,6 +167,30 @@ def _group(config: Config, cluster: Cluster) -> Finding:
     if facts.rights and not facts.rights & {"READ", "ALL"}:
         return Finding(label, "FAIL", f"this user has no READ right on it; {RIGHTS_HINT}")
     return Finding(label, "ok", f"{len(facts.members)} members now")
+
+
+def _rabbitmq(config: Config, routes: Sequence[Route]) -> Iterator[Finding]:
+    from inferfleet.cli.rabbitmq import RabbitCluster
+
+    try:
+        with RabbitCluster(config) as cluster:
+            yield _rabbitmq_version(cluster.address, cluster.version)
+            for need in needs(config, routes):
+                if need.broker == "rabbitmq":
+                    found = cluster.problems([need])
+                    text = f"{need.use}: {found[0].text}" if found else need.use
+                    yield Finding(str(need), "FAIL" if found else "ok", text)
+    except InferfleetError as error:
+        yield Finding("rabbitmq", "FAIL", str(error))
+
+
+def _rabbitmq_version(address: str, version: str) -> Finding:
+    """Judge the broker's version; its delivery limit and consumer_timeout are not to be seen by AMQP."""
+    said = f"{address} answers ({version or 'it does not say its version'})"
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if number and number < OLDEST_RABBITMQ:
+        return Finding("rabbitmq", "FAIL", f"{said}; delayed retries need RabbitMQ 3.10 or newer")
+    return Finding("rabbitmq", "ok", said)
 
 
 def _redis(config: Config) -> Finding:

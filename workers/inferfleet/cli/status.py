@@ -1,27 +1,30 @@
-"""``inferfleet status``: who works, who holds which partitions, how far behind, what is paused and why."""
+"""``inferfleet status``: who works, who holds which partitions, what waits where, what is paused and why."""
 
 from __future__ import annotations
 
+import contextlib
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
+from inferfleet.cli.topology import retry_group_of, route_queues, route_topics
 from inferfleet.errors import BrokerError
 from inferfleet.telemetry.admin import WorkerStatus
 
 if TYPE_CHECKING:
     from inferfleet.cli.kafka import Cluster, GroupFacts
+    from inferfleet.cli.rabbitmq import RabbitCluster
     from inferfleet.config import Config
     from inferfleet.routes import Route
 
 
 class PartitionStatus(msgspec.Struct, frozen=True):
-    """One partition of a source: ``committed`` ``None`` says that the group never committed there."""
+    """One partition of a topic: ``committed`` ``None`` says that the group never committed there."""
 
     topic: str
     partition: int
@@ -39,8 +42,21 @@ class MemberStatus(msgspec.Struct, frozen=True):
     partitions: int
 
 
+class QueueStatus(msgspec.Struct, frozen=True):
+    """One RabbitMQ queue: messages that nobody has taken, and the consumers of all workers."""
+
+    queue: str
+    role: str
+    ready: int
+    consumers: int
+
+
 class PoolStatus(msgspec.Struct, frozen=True):
-    """The consumer group of one pool; ``note`` says in one line what could not be found out."""
+    """One pool; ``note`` says in one line what could not be found out.
+
+    ``lag`` counts requests that no worker has taken, in topics and queues; ``retrying`` those that wait for
+    a further attempt. ``state`` and ``members`` are the consumer group's; ``-`` without Kafka.
+    """
 
     pool: str
     group: str
@@ -49,6 +65,9 @@ class PoolStatus(msgspec.Struct, frozen=True):
     partitions: list[PartitionStatus]
     lag: int
     note: str = ""
+    queues: list[QueueStatus] = []
+    retries: list[PartitionStatus] = []
+    retrying: int = 0
 
 
 class WorkerAnswer(msgspec.Struct, frozen=True):
@@ -70,63 +89,150 @@ class WorkerAnswer(msgspec.Struct, frozen=True):
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @pass_session
 def status(session: Session, addresses: tuple[str, ...], as_json: bool) -> None:
-    """Show each pool's members, partitions and lag, and what the workers say of themselves."""
-    from inferfleet.cli.kafka import Cluster
-
+    """Show each pool's members, partitions, queues and lag, and what the workers say of themselves."""
     config, table = session.config, session.routes
-    cluster = Cluster(config)
-    try:
-        standing = cluster.topics()
-        pools = [
-            pool_status(config, cluster, pool, table.of_pool(pool), standing)
-            for pool in dict.fromkeys(route.pool for route in table.routes)
+    pools = {pool: table.of_pool(pool) for pool in dict.fromkeys(route.pool for route in table.routes)}
+    with contextlib.ExitStack() as open_until_the_end:
+        kafka = _kafka(config, table.routes, open_until_the_end)
+        rabbitmq = _rabbitmq(config, table.routes, open_until_the_end)
+        standing = kafka.topics() if kafka is not None else {}
+        found = [
+            pool_status(config, pool, routes, kafka, standing, rabbitmq) for pool, routes in pools.items()
         ]
-    finally:
-        cluster.close()
     answers = [ask_worker(address) for address in addresses or (config.worker.admin_address,)]
     if as_json:
-        echo_json({"pools": pools, "workers": answers})
+        echo_json({"pools": found, "workers": answers})
         return
-    for pool in pools:
-        _print_pool(pool)
+    for each in found:
+        _print_pool(each)
     for answer in answers:
         _print_worker(answer)
 
 
+def _kafka(config: Config, routes: Iterable[Route], until: contextlib.ExitStack) -> Cluster | None:
+    if not any(route.source.kind == "kafka" for route in routes):
+        return None
+    from inferfleet.cli.kafka import Cluster
+
+    cluster = Cluster(config)
+    until.callback(cluster.close)
+    return cluster
+
+
+def _rabbitmq(config: Config, routes: Iterable[Route], until: contextlib.ExitStack) -> RabbitCluster | None:
+    if not any(route_queues(config, route) for route in routes):
+        return None
+    from inferfleet.cli.rabbitmq import RabbitCluster
+
+    return until.enter_context(RabbitCluster(config))
+
+
 def pool_status(
-    config: Config, cluster: Cluster, pool: str, routes: Sequence[Route], standing: dict[str, int]
+    config: Config,
+    pool: str,
+    routes: Sequence[Route],
+    kafka: Cluster | None,
+    standing: dict[str, int],
+    rabbitmq: RabbitCluster | None,
 ) -> PoolStatus:
-    """Return what the broker knows of one pool; what it cannot tell becomes the note."""
+    """Return what the brokers know of one pool; what they cannot tell becomes the note."""
     group = config.group_of(pool)
     notes: list[str] = []
     facts: GroupFacts | None = None
+    rows: list[PartitionStatus] = []
+    retries: list[PartitionStatus] = []
+    sources = [route.source.name for route in routes if route.source.kind == "kafka"]
+    if kafka is not None and sources:
+        facts = _described(kafka, group, notes)
+        rows = _partitions(kafka, group, sources, standing, facts, notes)
+        topics = [
+            topic for route in routes for role, topic in route_topics(config, route) if role == "retries"
+        ]
+        behind = retry_group_of(config, pool)
+        # A broker that cannot tell the members of one group would only say so twice.
+        takers = _described(kafka, behind, notes) if facts is not None and topics else None
+        retries = _partitions(kafka, behind, topics, standing, takers, notes)
+    queues = _queues(config, routes, rabbitmq, notes)
+    ready = {
+        role: sum(each.ready for each in queues if each.role == role) for role in {q.role for q in queues}
+    }
+    members = [
+        MemberStatus(each.client, each.host, len(each.assignment))
+        for each in (facts.members if facts else ())
+    ]
+    state = facts.state.lower() if facts else "unknown" if sources else "-"
+    return PoolStatus(
+        pool,
+        group,
+        state,
+        members,
+        rows,
+        sum(each.lag for each in rows) + ready.get("source", 0),
+        "; ".join(notes),
+        queues,
+        retries,
+        sum(each.lag for each in retries) + ready.get("retries", 0) + ready.get("ready retries", 0),
+    )
+
+
+def _described(kafka: Cluster, group: str, notes: list[str]) -> GroupFacts | None:
     try:
-        facts = cluster.describe_group(group)
+        return kafka.describe_group(group)
     except BrokerError as error:
         notes.append(f"{error}; members are unknown")
+        return None
+
+
+def _partitions(
+    kafka: Cluster,
+    group: str,
+    topics: Sequence[str],
+    standing: dict[str, int],
+    facts: GroupFacts | None,
+    notes: list[str],
+) -> list[PartitionStatus]:
+    """Return how far a group has come; ``facts`` say who holds what, where they are known."""
     holders = {part: member.client for member in facts.members for part in member.assignment} if facts else {}
-    sources = [route.source.name for route in routes]
-    missing = [name for name in sources if name not in standing]
+    missing = [name for name in topics if name not in standing]
     if missing:
         notes.append(f"topic {', '.join(missing)} does not exist or may not be seen")
-    rows: list[PartitionStatus] = []
     try:
-        for each in cluster.positions(
-            group, [(name, standing[name]) for name in sources if name in standing]
-        ):
-            holder = holders.get((each.topic, each.partition), "-" if facts else "?")
-            rows.append(
-                PartitionStatus(each.topic, each.partition, each.committed, each.end, each.lag, holder)
-            )
+        found = kafka.positions(group, [(name, standing[name]) for name in topics if name in standing])
     except BrokerError as error:
         notes.append(f"{error}; lag is unknown")
-    members = (
-        [MemberStatus(each.client, each.host, len(each.assignment)) for each in facts.members]
-        if facts
-        else []
-    )
-    state = facts.state.lower() if facts else "unknown"
-    return PoolStatus(pool, group, state, members, rows, sum(each.lag for each in rows), "; ".join(notes))
+        return []
+    return [
+        PartitionStatus(
+            each.topic,
+            each.partition,
+            each.committed,
+            each.end,
+            each.lag,
+            holders.get((each.topic, each.partition), "-" if facts else "?"),
+        )
+        for each in found
+    ]
+
+
+def _queues(
+    config: Config, routes: Sequence[Route], rabbitmq: RabbitCluster | None, notes: list[str]
+) -> list[QueueStatus]:
+    wanted = {name: role for route in routes for role, name in route_queues(config, route)}
+    if rabbitmq is None or not wanted:
+        return []
+    try:
+        found = rabbitmq.queues(wanted)
+    except BrokerError as error:
+        notes.append(f"{error}; queues are unknown")
+        return []
+    missing = [name for name, depth in found.items() if depth is None]
+    if missing:
+        notes.append(f"queue {', '.join(missing)} does not exist")
+    return [
+        QueueStatus(name, wanted[name], depth.ready, depth.consumers)
+        for name, depth in found.items()
+        if depth is not None
+    ]
 
 
 def ask_worker(address: str, timeout_s: float = 2.0) -> WorkerAnswer:
@@ -144,19 +250,27 @@ def ask_worker(address: str, timeout_s: float = 2.0) -> WorkerAnswer:
 def _print_pool(pool: PoolStatus) -> None:
     count = len(pool.members)
     members = "? members" if pool.state == "unknown" else f"{count} member{'' if count == 1 else 's'}"
-    click.echo(f"pool {pool.pool}  group {pool.group}  {pool.state}  {members}  lag {pool.lag}")
+    group = f"  {pool.state}  {members}" if pool.state != "-" else ""
+    retrying = f"  {pool.retrying} wait for a further attempt" if pool.retrying else ""
+    click.echo(f"pool {pool.pool}  group {pool.group}{group}  lag {pool.lag}{retrying}")
     if pool.note:
         click.echo(f"  {pool.note}")
     if pool.members:
         click.echo()
         echo_table(("member", "host", "partitions"), [(m.client, m.host, m.partitions) for m in pool.members])
-    if pool.partitions:
+    # Retry topics are many and mostly empty.
+    partitions = [*pool.partitions, *(each for each in pool.retries if each.lag)]
+    if partitions:
         click.echo()
         rows = [
             (p.topic, p.partition, "-" if p.committed is None else str(p.committed), p.end, p.lag, p.holder)
-            for p in pool.partitions
+            for p in partitions
         ]
         echo_table(("topic", "partition", "committed", "end", "lag", "held by"), rows)
+    if pool.queues:
+        click.echo()
+        queues = [(q.queue, q.role, q.ready, q.consumers) for q in pool.queues]
+        echo_table(("queue", "role", "ready", "consumers"), queues)
     click.echo()
 
 

@@ -1,34 +1,44 @@
-"""``inferfleet topics``: every topic and right that the routes need, in the form that creates them."""
+"""``inferfleet topics``: every topic, queue and right that the routes need, in the form that creates them."""
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
-from inferfleet.cli.topology import Principals, Right, Topic, plan_rights, plan_topics
+from inferfleet.cli.rabbit_topology import RabbitPlan, plan_permissions, plan_rabbitmq
+from inferfleet.cli.topic_forms import (
+    acl_commands,
+    definition_commands,
+    permission_commands,
+    resources,
+    topic_commands,
+)
+from inferfleet.cli.topology import Principals, Topic, plan_rights, plan_topics
 from inferfleet.config import Config
+from inferfleet.errors import BrokerError
 from inferfleet.routes import Route
+
+if TYPE_CHECKING:
+    from inferfleet.cli.rabbitmq import Declared
 
 FORMATS = ("text", "json", "sh", "strimzi", "acls")
 
 
 @click.group(epilog="Example: inferfleet topics plan")
 def topics() -> None:
-    """Plan the topics and rights; workers never create topics."""
+    """Plan topics, queues and rights; workers never create any."""
 
 
 @topics.command(epilog="Example: inferfleet topics plan digits --format acls > acls.sh")
 @click.argument("route_names", metavar="[ROUTE]...", nargs=-1)
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-@click.option("--apply", "applied", is_flag=True, help="Create the topics that are missing.")
-@click.option("--partitions", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--replication", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--apply", "applied", is_flag=True, help="Create what is missing, on Kafka and RabbitMQ.")
+@click.option("--partitions", type=click.IntRange(1), default=6, show_default=True, help="Kafka only.")
+@click.option("--replication", type=click.IntRange(1), default=1, show_default=True, help="Kafka only.")
 @click.option("--principal", default="User:inferfleet-worker", show_default=True, help="The workers' user.")
 @click.option(
     "--client-principal", default="User:inferfleet-client", show_default=True, help="The callers' user."
@@ -52,10 +62,11 @@ def plan(
     client_principal: str,
     operator_principal: str,
 ) -> None:
-    """Print every source, result and dead-letter topic of the routes (all, if none is named).
+    """Print every topic, queue and exchange of the routes (all, if none is named).
 
-    sh prints kafka-topics.sh lines, strimzi KafkaTopic resources, acls the kafka-acls.sh lines that give
-    each user exactly what it needs.
+    Sources, results, dead letters and delayed retries. sh prints kafka-topics.sh lines and a rabbitmqctl
+    import, strimzi the resources of Kubernetes operators, acls the kafka-acls.sh and rabbitmqctl lines that
+    give each user exactly what it needs (on RabbitMQ without "User:").
     """
     if as_json:
         form = "json"
@@ -63,21 +74,24 @@ def plan(
         raise click.UsageError("--apply goes with --format text or json")
     config = session.config
     routes = chosen(session, route_names)
-    needed = plan_topics(config, routes, partitions, replication)
+    needed, queues = plan_topics(config, routes, partitions, replication), plan_rabbitmq(config, routes)
     who = Principals(principal, client_principal, operator_principal)
     if applied:
-        _apply(config, needed, form == "json")
-    elif form == "json":
-        rights = plan_rights(config, routes, who)
-        echo_json({"topics": needed, "rights": rights})
+        _apply(config, needed, queues, form == "json")
     elif form == "text":
-        _print(needed)
+        _print(needed, queues)
     elif form == "sh":
-        click.echo("\n".join(topic_commands(config, needed)))
+        click.echo("\n".join([*topic_commands(config, needed), *definition_commands(config, queues)]))
     elif form == "strimzi":
-        click.echo("---\n".join(strimzi(config, each) for each in needed), nl=False)
+        click.echo("---\n".join(resources(config, needed, queues)), nl=False)
     else:
-        click.echo("\n".join(acl_commands(config, plan_rights(config, routes, who))))
+        rights, permissions = plan_rights(config, routes, who), plan_permissions(config, routes, who)
+        if form == "json":
+            rabbitmq = {"queues": queues.queues, "exchanges": queues.exchanges, "bindings": queues.bindings}
+            echo_json({"topics": needed, "rights": rights, **rabbitmq, "permissions": permissions})
+        else:
+            lines = [*acl_commands(config, rights), *permission_commands(config, permissions)]
+            click.echo("\n".join(lines))
 
 
 def chosen(session: Session, names: Sequence[str]) -> tuple[Route, ...]:
@@ -86,15 +100,72 @@ def chosen(session: Session, names: Sequence[str]) -> tuple[Route, ...]:
     return tuple(table.named(name) for name in names) if names else table.routes
 
 
-def _print(needed: Sequence[Topic]) -> None:
-    rows = [
-        (each.name, ", ".join(each.roles), ", ".join(each.routes), each.partitions, each.replication)
-        for each in needed
+def _print(needed: Sequence[Topic], plan: RabbitPlan) -> None:
+    tables: list[tuple[Sequence[str], Sequence[Sequence[object]]]] = [
+        (
+            ("topic", "role", "routes", "partitions", "replication"),
+            [
+                (each.name, ", ".join(each.roles), ", ".join(each.routes), each.partitions, each.replication)
+                for each in needed
+            ],
+        ),
+        (
+            ("queue", "role", "routes", "arguments"),
+            [
+                (
+                    each.name,
+                    ", ".join(each.roles) + (" (proposed)" if each.proposed else ""),
+                    ", ".join(each.routes),
+                    " ".join(f"{key}={value}" for key, value in each.arguments.items()),
+                )
+                for each in plan.queues
+            ],
+        ),
+        (
+            ("exchange", "type", "routes"),
+            [(each.name, each.type, ", ".join(each.routes)) for each in plan.exchanges],
+        ),
+        (
+            ("binding of", "key", "to queue"),
+            [(each.exchange, each.key, each.queue) for each in plan.bindings],
+        ),
     ]
-    echo_table(("topic", "role", "routes", "partitions", "replication"), rows)
+    _print_tables(tables)
 
 
-def _apply(config: Config, needed: Sequence[Topic], as_json: bool) -> None:
+def _print_tables(tables: Sequence[tuple[Sequence[str], Sequence[Sequence[object]]]]) -> None:
+    first = True
+    for headings, rows in tables:
+        if rows:
+            if not first:
+                click.echo()
+            echo_table(headings, rows)
+            first = False
+
+
+def _apply(config: Config, needed: Sequence[Topic], plan: RabbitPlan, as_json: bool) -> None:
+    made = _create_topics(config, needed) if needed else []
+    declared = _declare(config, plan) if plan.queues or plan.exchanges else []
+    if as_json:
+        rows: list[dict[str, object]] = [
+            {"topic": name, "outcome": outcome, "partitions": count} for name, outcome, count in made
+        ]
+        rows += [{each.kind: each.name, "outcome": each.outcome, "text": each.text} for each in declared]
+        echo_json(rows)
+    else:
+        outcomes = [(each.kind, each.name, each.outcome, each.text) for each in declared]
+        _print_tables(
+            [(("topic", "outcome", "partitions"), made), (("kind", "name", "outcome", ""), outcomes)]
+        )
+    differing = [each for each in declared if each.outcome == "differs"]
+    if differing:
+        raise BrokerError(
+            f"RabbitMQ: {', '.join(each.name for each in differing)} stood with other arguments "
+            f"({differing[0].text}); nothing was changed: delete it once it is empty and apply again"
+        )
+
+
+def _create_topics(config: Config, needed: Sequence[Topic]) -> list[tuple[str, str, int]]:
     from inferfleet.cli.kafka import Cluster
 
     cluster = Cluster(config)
@@ -104,58 +175,14 @@ def _apply(config: Config, needed: Sequence[Topic], as_json: bool) -> None:
     unseen = [each.name for each in missing if each.name not in created]
     if unseen:
         standing |= {name: facts.partitions for name, facts in cluster.describe_topics(unseen).items()}
-    rows = [
+    return [
         (each.name, "created" if each.name in created else "stood", standing.get(each.name, each.partitions))
         for each in needed
     ]
-    if as_json:
-        echo_json([{"topic": name, "outcome": outcome, "partitions": count} for name, outcome, count in rows])
-    else:
-        echo_table(("topic", "outcome", "partitions"), rows)
 
 
-def _tool(config: Config, name: str) -> str:
-    tool = f"{name} --bootstrap-server {shlex.quote(config.kafka.bootstrap_servers)}"
-    if config.kafka.client.get("security.protocol", "PLAINTEXT").upper() == "PLAINTEXT":
-        return tool
-    return f"{tool} --command-config admin.properties"
+def _declare(config: Config, plan: RabbitPlan) -> list[Declared]:
+    from inferfleet.cli.rabbitmq import RabbitCluster
 
-
-def topic_commands(config: Config, needed: Sequence[Topic]) -> list[str]:
-    """Return one kafka-topics.sh line per topic."""
-    tool = _tool(config, "kafka-topics.sh")
-    return [
-        f"{tool} --create --if-not-exists --topic {shlex.quote(each.name)} "
-        f"--partitions {each.partitions} --replication-factor {each.replication}"
-        for each in needed
-    ]
-
-
-def acl_commands(config: Config, rights: Sequence[Right]) -> list[str]:
-    """Return one kafka-acls.sh line per right."""
-    tool = _tool(config, "kafka-acls.sh")
-    lines = []
-    for each in rights:
-        pattern = "" if each.pattern == "literal" else f" --resource-pattern-type {each.pattern}"
-        lines.append(
-            f"{tool} --add --allow-principal {shlex.quote(each.principal)} --operation {each.operation} "
-            f"--{each.resource} {shlex.quote(each.name)}{pattern}"
-        )
-    return lines
-
-
-def strimzi(config: Config, topic: Topic) -> str:
-    """Return a KafkaTopic resource; its name is the topic's in the alphabet of Kubernetes."""
-    name = re.sub(r"[^a-z0-9.-]+", "-", topic.name.lower()).strip("-.")
-    return (
-        "apiVersion: kafka.strimzi.io/v1beta2\n"
-        "kind: KafkaTopic\n"
-        "metadata:\n"
-        f"  name: {json.dumps(name)}\n"
-        "  labels:\n"
-        f"    strimzi.io/cluster: {json.dumps(config.fleet.name)}\n"
-        "spec:\n"
-        f"  topicName: {json.dumps(topic.name)}\n"
-        f"  partitions: {topic.partitions}\n"
-        f"  replicas: {topic.replication}\n"
-    )
+    with RabbitCluster(config) as cluster:
+        return cluster.declare(plan)
