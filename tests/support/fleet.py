@@ -15,14 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from click.testing import CliRunner
 
+from inferfleet import config as settings_of
 from inferfleet.cli import cli
+from inferfleet.cli.rabbit_topology import plan_rabbitmq
+from inferfleet.cli.rabbitmq import RabbitCluster
 from inferfleet.models.repository import Repository
+from inferfleet.routes import load_routes
 from inferfleet.testing.checksum import write_checksum_model
 from tests.support.process import ServerProcess
 from tests.support.redis_server import RedisServer
-from tests.support.servers import KafkaServer
+from tests.support.servers import KafkaServer, RabbitServer
 from tests.support.waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "inferfleet.cli"]
@@ -164,22 +169,24 @@ class WorkerProcess(ServerProcess):
 class Fleet:
     """Writes ``fleet.toml``, ``routes.toml`` and models into ``folder``; runs commands and workers on them.
 
-    ``settings`` are laid over the defaults below, section by section. Topic names start with the fleet's
-    name, which no other test has.
+    ``settings`` are laid over the defaults below, section by section. Names of topics and queues start with
+    the fleet's name, which no other test has. Without Kafka routes take from RabbitMQ.
     """
 
     def __init__(
         self,
         folder: Path,
-        kafka: KafkaServer,
+        kafka: KafkaServer | None,
         redis: RedisServer | None = None,
         *,
+        rabbitmq: RabbitServer | None = None,
         user: str = "admin",
         settings: Mapping[str, Mapping[str, object]] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.kafka = kafka
+        self._kafka = kafka
+        self._rabbitmq = rabbitmq
         self.redis = redis
         self.name = f"t{secrets.token_hex(4)}"
         self.config = folder / "fleet.toml"
@@ -188,14 +195,17 @@ class Fleet:
         self.routes: dict[str, dict[str, object]] = {}
         self.partitions: dict[str, int] = {}
         self.workers: list[WorkerProcess] = []
-        client = {k: v for k, v in kafka.client_config(user).items() if k != "bootstrap.servers"}
         self.settings: dict[str, dict[str, object]] = {
             "fleet": {"name": self.name},
-            "kafka": {"bootstrap_servers": kafka.bootstrap_servers},
-            "kafka.client": client,
             "worker": {"threads": 1, "device": "cpu", "admin_address": "127.0.0.1:0"},
             "log": {"format": "json"},
         }
+        if kafka is not None:
+            client = {k: v for k, v in kafka.client_config(user).items() if k != "bootstrap.servers"}
+            self.settings["kafka"] = {"bootstrap_servers": kafka.bootstrap_servers}
+            self.settings["kafka.client"] = client
+        if rabbitmq is not None:
+            self.settings["rabbitmq"] = {"url": rabbitmq.url}
         if redis is not None:
             self.settings["redis"] = {"url": redis.url}
         for section, values in (settings or {}).items():
@@ -209,6 +219,18 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.kill()
+
+    @property
+    def kafka(self) -> KafkaServer:
+        """The Kafka that it runs on."""
+        assert self._kafka is not None, "this fleet has no Kafka"
+        return self._kafka
+
+    @property
+    def rabbitmq(self) -> RabbitServer:
+        """The RabbitMQ that it runs on."""
+        assert self._rabbitmq is not None, "this fleet has no RabbitMQ"
+        return self._rabbitmq
 
     # Models and routes
 
@@ -246,14 +268,21 @@ class Fleet:
         partitions: int = 2,
         topic: bool = True,
         redis: bool = False,
+        broker: str = "",
         **keys: object,
     ) -> str:
-        """Add a route of one version (``version="1"`` unless said) or ``variants``; return its name."""
-        results = [f"kafka:{self.results(name)}"] * topic + ["redis"] * redis
+        """Add a route of one version (``version="1"`` unless said) or ``variants``; return its name.
+
+        It takes from ``broker``, by default the one that there is, and answers there too with ``topic``: to
+        a topic, or through the fleet's exchange to a queue, of the name :meth:`results`.
+        """
+        kind = broker or ("kafka" if self._kafka is not None else "rabbitmq")
+        answers = self.results(name) if kind == "kafka" else f"{self.name}/{self.results(name)}"
+        results = [f"{kind}:{answers}"] * topic + ["redis"] * redis
         chosen = {} if "variants" in keys else {"version": "1"}
         self.routes[name] = {
             "name": name,
-            "source": f"kafka:{self.source(name)}",
+            "source": f"{kind}:{self.source(name)}",
             "results": results,
             "model": model,
             **chosen,
@@ -263,18 +292,22 @@ class Fleet:
         return name
 
     def source(self, route: str) -> str:
-        """The topic that a route takes from."""
+        """The topic or queue that a route takes from."""
         return f"{self.name}.{route}.requests"
 
     def results(self, route: str) -> str:
-        """The topic that a route answers to."""
+        """The topic or queue that a route answers to."""
         return f"{self.name}.{route}.results"
 
     def dead_letters(self, route: str) -> str:
-        """The dead-letter topic of a route."""
+        """The dead-letter topic or queue of a route."""
         return f"{self.source(route)}.{self.name}.default.dlt"
 
-    # Files and topics
+    def retries(self, route: str, delay: int | str) -> str:
+        """The topic or queue of a route's retries that wait so many milliseconds (``ready``: no more)."""
+        return f"{self.source(route)}.{self.name}.default.retry.{delay}"
+
+    # Files, topics and queues
 
     def write(self) -> None:
         """Write both files."""
@@ -299,17 +332,23 @@ class Fleet:
         fresh.replace(self.routes_file)
 
     def create_topics(self) -> None:
-        """Create exactly what ``topics plan`` names, as the broker's administrator."""
+        """Create exactly what ``topics plan`` names on both brokers, as their administrator."""
+        if self._rabbitmq is not None:
+            config = settings_of.load(self.config, {})
+            mine = settings_of.RabbitMQ(url=self._rabbitmq.url)
+            with RabbitCluster(msgspec.structs.replace(config, rabbitmq=mine)) as cluster:
+                cluster.declare(plan_rabbitmq(config, load_routes(self.routes_file, self.name).routes))
         planned: dict[str, int] = {}
         for route, partitions in self.partitions.items():
             arguments = ["topics", "plan", route, "--json", "--partitions", str(partitions)]
             result = CliRunner().invoke(cli, ["--config", str(self.config), *arguments])
             assert result.exit_code == 0, result.output
             planned |= {each["name"]: each["partitions"] for each in json.loads(result.stdout)["topics"]}
-        self.kafka.create_topics(planned)
+        if planned:
+            self.kafka.create_topics(planned)
 
     def prepare(self) -> Fleet:
-        """Write the files and create the topics."""
+        """Write the files and create topics and queues."""
         self.write()
         self.create_topics()
         return self
