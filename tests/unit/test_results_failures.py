@@ -29,6 +29,8 @@ from inferfleet.results.failures import (
         (exceptions.TryAgainError("later"), MOVING),
         (exceptions.ClusterDownError("down"), MOVING),
         (exceptions.MasterDownError("down"), MOVING),
+        (exceptions.SlotNotCoveredError("slot 1"), MOVING),
+        (exceptions.RedisClusterException("cannot be connected"), UNREACHABLE),
         (exceptions.OutOfMemoryError("full"), FULL),
         (exceptions.ResponseError("MISCONF Redis is configured to save RDB snapshots"), FULL),
         (exceptions.ResponseError("NOREPLICAS Not enough good replicas"), FULL),

@@ -54,6 +54,8 @@ _BY_CLASS: tuple[tuple[type[Exception], Trouble], ...] = (
     (exceptions.AskError, MOVING),
     (exceptions.NoPermissionError, DENIED),
     (exceptions.AuthenticationError, DENIED),
+    (exceptions.SlotNotCoveredError, MOVING),
+    (exceptions.RedisClusterException, UNREACHABLE),
     (exceptions.ConnectionError, UNREACHABLE),
     (exceptions.TimeoutError, UNREACHABLE),
     (OSError, UNREACHABLE),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Results
-from inferfleet.wire.stored import Verdict, duplicate_text, is_error, judge, mark
+from inferfleet.wire.stored import Verdict, duplicate_text, is_error, judge, mark, repeats
 
 
 class Stored(NamedTuple):
@@ -45,6 +46,8 @@ class MemoryResults:
         """What stands, by route and id."""
         self.replies: dict[str, list[Reply]] = {}
         """The reply streams, by name."""
+        self.again: dict[tuple[str, str], Counter[str]] = {}
+        """What came again under a route and id and was not written: how often the same, how often another."""
         self._wake = wake
         self._now = now
         self._tell_stood = stood
@@ -115,6 +118,8 @@ class MemoryResults:
                 verdict = judge(standing.body, body)
             if verdict is Verdict.WRITTEN:
                 self.results[key] = Stored(body, results.ttl_s)
+            elif standing is not None:
+                self.again.setdefault(key, Counter())[repeats(standing.body, body)] += 1
         name = results.replies[index] if results.replies is not None else None
         if name and verdict is not Verdict.OTHER_PAYLOAD:
             answer = standing.body if standing is not None and verdict is Verdict.STOOD else body

@@ -10,19 +10,21 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import structlog
-from redis.exceptions import NoScriptError
 
 from inferfleet.ports import Receipt, Refusal, RefusalKind
 from inferfleet.records import Results
 from inferfleet.results.failures import Trouble, diagnose
-from inferfleet.results.scripts import REPLY, WRITE, Script
-from inferfleet.wire.stored import Verdict, duplicate_text, is_error, mark, reply_key, result_key
+from inferfleet.results.recall import Lost, Recall
+from inferfleet.results.scripts import REPLY, WRITE
+from inferfleet.results.servers import Servers, servers_of
+from inferfleet.results.steps import Group, Step, steps_of
+from inferfleet.wire.stored import Verdict, duplicate_text
 
 log = structlog.get_logger(__name__)
 
@@ -31,8 +33,9 @@ log = structlog.get_logger(__name__)
 class OutletOptions:
     """How the outlet works.
 
-    A *step* is one atomic write on the server; its size bounds how long other callers wait for the server.
-    ``rows_per_step`` must be 1 on a cluster, where the keys of one step share one slot.
+    A *step* is what is written and confirmed together: one atomic write on a single server, where its size
+    bounds how long other callers wait; on a cluster one atomic write for each row, sent side by side. The
+    last ``recall_ids`` results of ``recall_s`` are looked for again in a store that was connected anew.
     """
 
     reply_max_len: int = 10_000
@@ -41,20 +44,8 @@ class OutletOptions:
     backoff_first_s: float = 0.05
     backoff_max_s: float = 2.0
     log_every_s: float = 30.0
-
-
-class _Group(NamedTuple):
-    results: Results
-    receipt: Receipt
-
-
-class _Slice(NamedTuple):
-    """Rows ``low`` to ``high`` (exclusive) of one published group."""
-
-    results: Results
-    receipt: Receipt
-    low: int
-    high: int
+    recall_ids: int = 20_000
+    recall_s: float = 60.0
 
 
 class _News(NamedTuple):
@@ -67,41 +58,13 @@ class _News(NamedTuple):
     refused: list[tuple[int, Refusal]]
 
 
-@dataclass(slots=True)
-class _Reply:
-    """One entry of a client's reply stream."""
-
-    stream: str
-    fields: tuple[str, str, str, bytes]
-    ttl_s: int
-
-
-@dataclass(slots=True)
-class _Step:
-    """Slices that are written together; remembers what is done, so that a new try repeats no more."""
-
-    slices: list[_Slice]
-    verdicts: dict[int, tuple[Verdict, bytes]] | None = None
-    replies: dict[str, list[_Reply]] | None = None
-
-    @property
-    def first(self) -> Results:
-        """The group that names the lifetime and the kind for all."""
-        return self.slices[0].results
-
-    def rows(self) -> Iterator[tuple[Results, int]]:
-        """Yield each row's group and index, in order."""
-        for results, _, low, high in self.slices:
-            for index in range(low, high):
-                yield results, index
-
-
 class RedisResults:
-    """A :class:`~inferfleet.ports.ResultOutlet` over Redis or Valkey.
+    """A :class:`~inferfleet.ports.ResultOutlet` over Redis or Valkey, single, behind sentinels or a cluster.
 
     ``connect`` returns a client that answers with bytes and does not retry; it is called on the outlet's
-    thread, again after each trouble that may mean another server. ``wake`` is called on that thread when
-    there is news. ``stood`` is told, in ``poll``, how many rows of a route stood already.
+    thread, and again where that client finds no server any more. ``wake`` is called on that thread when there
+    is news. In ``poll``, ``stood`` is told how many rows of a route stood already, and ``lost`` how many
+    results of a route Redis had confirmed and did not have any more when it was connected anew.
     """
 
     def __init__(
@@ -111,16 +74,21 @@ class RedisResults:
         *,
         wake: Callable[[], None],
         stood: Callable[[str, int], None] | None = None,
+        lost: Callable[[str, int], None] | None = None,
         options: OutletOptions | None = None,
     ) -> None:
         self._connect = connect
         self._fleet = fleet
         self._wake = wake
         self._tell_stood = stood
+        self._tell_lost = lost
         self._options = options or OutletOptions()
-        self._client: Any = None
-        self._inbox: SimpleQueue[_Group | None] = SimpleQueue()
-        self._news: SimpleQueue[_News] = SimpleQueue()
+        self._servers: Servers | None = None
+        self._renew = False
+        self._recall = Recall(fleet, self._options.recall_ids, self._options.recall_s)
+        self._connected_anew = False
+        self._inbox: SimpleQueue[Group | None] = SimpleQueue()
+        self._news: SimpleQueue[_News | Lost] = SimpleQueue()
         self._arrived = threading.Event()
         self._stop = threading.Event()
         self._pending = 0
@@ -143,7 +111,7 @@ class RedisResults:
         if self._closed:
             raise RuntimeError("the result outlet is closed")
         self._pending += len(results)
-        self._inbox.put(_Group(results, receipt))
+        self._inbox.put(Group(results, receipt))
 
     def poll(self) -> None:
         """Deliver confirmations and refusals that have arrived."""
@@ -152,6 +120,11 @@ class RedisResults:
                 news = self._news.get_nowait()
             except Empty:
                 return
+            if isinstance(news, Lost):
+                if self._tell_lost is not None:
+                    for route, count in news.by_route.items():
+                        self._tell_lost(route, count)
+                continue
             self._pending -= news.confirmed + len(news.refused)
             if news.stood and self._tell_stood is not None:
                 self._tell_stood(news.route, news.stood)
@@ -186,16 +159,16 @@ class RedisResults:
     def _serve(self) -> None:
         while True:
             groups, last = self._take()
-            for step in self._steps(groups):
+            for step in steps_of(groups, self._options.rows_per_step, self._options.bytes_per_step):
                 if not self._finish(step):
                     return
             if last:
                 self._drop()
                 return
 
-    def _take(self) -> tuple[list[_Group], bool]:
+    def _take(self) -> tuple[list[Group], bool]:
         """Wait for the first group; return all that arrived behind it too, and whether that was the end."""
-        groups: list[_Group] = []
+        groups: list[Group] = []
         group = self._inbox.get()
         while group is not None:
             groups.append(group)
@@ -205,115 +178,80 @@ class RedisResults:
                 return groups, False
         return groups, True
 
-    def _steps(self, groups: list[_Group]) -> Iterator[_Step]:
-        """Cut and join groups into steps of bounded rows and bytes, equal in lifetime and kind."""
-        options = self._options
-        slices: list[_Slice] = []
-        rows = size = 0
-        for results, receipt in groups:
-            if slices and (results.ttl_s, results.reply_only) != (
-                slices[0].results.ttl_s,
-                slices[0].results.reply_only,
-            ):
-                yield _Step(slices)
-                slices, rows, size = [], 0, 0
-            low = 0
-            for index, body in enumerate(results.bodies):
-                if rows and (rows == options.rows_per_step or size + len(body) > options.bytes_per_step):
-                    if low < index:
-                        slices.append(_Slice(results, receipt, low, index))
-                    yield _Step(slices)
-                    slices, rows, size, low = [], 0, 0, index
-                rows += 1
-                size += len(body)
-            if low < len(results):
-                slices.append(_Slice(results, receipt, low, len(results)))
-        if slices:
-            yield _Step(slices)
-
-    def _finish(self, step: _Step) -> bool:
+    def _finish(self, step: Step) -> bool:
         """Try ``step`` until it is done; false if the outlet was stopped before."""
+        begun_at = time.monotonic()
         while not self._stop.is_set():
             try:
-                if step.verdicts is None:
-                    step.verdicts = {} if step.first.reply_only else self._write(step)
-                if step.replies is None:
-                    step.replies = self._replies(step, step.verdicts)
-                while step.replies:
-                    stream = next(iter(step.replies))
-                    self._reply(stream, step.replies[stream])
-                    del step.replies[stream]
+                servers = self._open()
+                self._write(servers, step)
+                self._reply(servers, step)
+                if self._connected_anew:
+                    self._look_back(servers)
             except Exception as error:
                 self._went_wrong(error)
                 continue
             self._went_well()
-            self._report(step, step.verdicts)
+            self._report(step, begun_at)
             return True
         return False
 
-    def _write(self, step: _Step) -> dict[int, tuple[Verdict, bytes]]:
-        """Write the step's rows at once; return what became of those that do not stand now."""
-        fleet = self._fleet
-        keys: list[str] = []
-        bodies: list[bytes] = []
-        wanted = ""
-        for results, _, low, high in step.slices:
-            prefix = result_key(fleet, results.route, "")
-            keys += [prefix + request_id for request_id in results.ids[low:high]]
-            bodies += map(mark, results.bodies[low:high], results.payload_hashes[low:high])
-            replies = results.replies
-            wanted += (
-                "0" * (high - low)
-                if replies is None
-                else "".join(["1" if reply else "0" for reply in replies[low:high]])
-            )
-        news = self._run(WRITE, keys, [step.first.ttl_s * 1000, wanted, *bodies])
-        return {news[at] - 1: (Verdict(news[at + 1]), news[at + 2]) for at in range(0, len(news), 3)}
+    def _open(self) -> Servers:
+        """Return the servers, connected anew if the last trouble may mean others."""
+        if self._servers is None:
+            self._servers = servers_of(self._connect(), self._on_connect)
+        elif self._renew:
+            try:
+                self._servers.renew()
+            except Exception:
+                self._drop()
+                raise
+        self._renew = False
+        return self._servers
 
-    def _replies(self, step: _Step, verdicts: dict[int, tuple[Verdict, bytes]]) -> dict[str, list[_Reply]]:
-        """Return the replies that the step owes, by stream: the value that stands, not the one refused."""
-        owed: dict[str, list[_Reply]] = {}
-        if all(part.results.replies is None for part in step.slices):
-            return owed
-        for row, (results, index) in enumerate(step.rows()):
-            name = results.replies[index] if results.replies is not None else None
-            verdict, standing = verdicts.get(row, (Verdict.WRITTEN, b""))
-            if not name or verdict is Verdict.OTHER_PAYLOAD:
-                continue
-            body = standing or mark(results.bodies[index], results.payload_hashes[index])
-            status = "error" if is_error(body) else "ok"
-            stream = reply_key(self._fleet, name)
-            entry = _Reply(stream, (results.ids[index], results.route, status, body), results.ttl_s)
-            owed.setdefault(stream, []).append(entry)
-        return owed
+    def _on_connect(self) -> None:
+        self._connected_anew = True
 
-    def _reply(self, stream: str, replies: list[_Reply]) -> None:
-        ttl_ms = max(reply.ttl_s for reply in replies) * 1000
-        fields = [value for reply in replies for value in reply.fields]
-        self._run(REPLY, [stream], [self._options.reply_max_len, ttl_ms, *fields])
+    def _write(self, servers: Servers, step: Step) -> None:
+        writes = step.writes(self._fleet, joined=servers.joins_keys)
+        replies = servers.run(WRITE, [write.call for write in writes])
+        step.written(writes, replies)
+        _raise_first(replies)
 
-    def _run(self, script: Script, keys: list[str], args: list[Any]) -> Any:
-        if self._client is None:
-            self._client = self._connect()
-        try:
-            return self._client.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            self._client.script_load(script.text)
-            return self._client.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+    def _reply(self, servers: Servers, step: Step) -> None:
+        calls = step.replies(self._fleet, self._options.reply_max_len)
+        answers = servers.run(REPLY, list(calls.values()))
+        for stream, answer in zip(calls, answers, strict=True):
+            if not isinstance(answer, Exception):
+                step.replied(stream)
+        _raise_first(answers)
 
-    def _report(self, step: _Step, verdicts: dict[int, tuple[Verdict, bytes]]) -> None:
+    def _look_back(self, servers: Servers) -> None:
+        """Count what was confirmed over earlier connections and does not stand now, and say so."""
+        lost = self._recall.look_back(servers, time.monotonic())
+        self._connected_anew = False
+        if lost.rows:
+            some = [request_id for _, request_id in lost.rows[:10]]
+            routes = dict(lost.by_route)
+            log.error("results_lost", lost=len(lost.rows), checked=lost.checked, routes=routes, ids=some)
+            self._news.put(lost)
+
+    def _report(self, step: Step, begun_at: float) -> None:
         first = 0
         for results, receipt, low, high in step.slices:
+            ids = results.ids[low:high]
             refused: list[tuple[int, Refusal]] = []
             stood = 0
-            for row in range(first, first + high - low) if verdicts else ():
-                verdict = verdicts[row][0] if row in verdicts else Verdict.WRITTEN
-                if verdict is Verdict.OTHER_PAYLOAD:
-                    index = low + row - first
-                    text = duplicate_text(results.ids[index])
-                    refused.append((index, Refusal(RefusalKind.DUPLICATE_ID, text)))
-                elif verdict is not Verdict.WRITTEN:
-                    stood += 1
+            if step.verdicts:
+                told = [step.verdict_of(row) for row in range(first, first + high - low)]
+                for index, verdict in enumerate(told, low):
+                    if verdict is Verdict.OTHER_PAYLOAD:
+                        text = duplicate_text(results.ids[index])
+                        refused.append((index, Refusal(RefusalKind.DUPLICATE_ID, text)))
+                ids = [each for each, verdict in zip(ids, told, strict=True) if verdict is Verdict.WRITTEN]
+                stood = high - low - len(ids) - len(refused)
+            if step.stores:
+                self._recall.note(results.route, ids, results.ttl_s, begun_at)
             self._news.put(_News(receipt, results.route, high - low - len(refused), stood, refused))
             first += high - low
         self._arrived.set()
@@ -329,7 +267,7 @@ class RedisResults:
             log.warning("results_away", reason=trouble.reason, error=str(error), kind=type(error).__name__)
             self._trouble, self._logged_at = trouble, now
         if trouble.reconnect:
-            self._drop()
+            self._renew = True
         options = self._options
         delay_s = min(options.backoff_max_s, options.backoff_first_s * 2.0 ** min(self._tries, 16))
         self._tries += 1
@@ -341,13 +279,16 @@ class RedisResults:
             self._away_since, self._trouble, self._tries = None, None, 0
 
     def _drop(self) -> None:
-        client, self._client = self._client, None
-        if client is None:
+        servers, self._servers = self._servers, None
+        if servers is None:
             return
         try:
-            pool = getattr(client, "connection_pool", None)
-            if pool is not None:
-                pool.disconnect()
-            client.close()
+            servers.close()
         except Exception as error:
             log.debug("results_drop_failed", error=str(error))
+
+
+def _raise_first(replies: list[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply

@@ -1,7 +1,13 @@
-"""The two atomic steps that run inside Redis, as Lua.
+"""The atomic steps that run inside Redis, as Lua.
 
-Both are idempotent in what they mean: a repeated write changes nothing that stands, and a repeated reply is
-dropped by its reader, which knows the ids it has seen.
+All are idempotent in what they mean: a repeated write changes nothing that stands and is counted beside it,
+and a repeated reply is dropped by its reader, which knows the ids it has seen.
+
+The counter's name is made here and not declared: declared, every row would carry a second key that almost
+none uses, and a cluster would answer TRYAGAIN to every row of a slot that moves, for as long as it moves. The
+name's hash tag is the result's whole key, so both are always in one slot. While that slot moves, a counter
+that has no value yet may be out of this server's reach (``non local key``): that repeat is not counted,
+rather than a result held back for as long as somebody takes to move a slot.
 """
 
 from __future__ import annotations
@@ -28,6 +34,9 @@ local ttl, wanted, news = ARGV[1], ARGV[2], {}
 local function payload(body)
   return string.match(string.sub(body, -256), '"fleet_payload":"([^"]*)"}}$')
 end
+local function bare(body, hash)
+  return hash and string.sub(body, 1, -(#hash + 36)) .. '}' or body
+end
 for i, key in ipairs(KEYS) do
   local body = ARGV[i + 2]
   if not redis.call('SET', key, body, 'PX', ttl, 'NX') then
@@ -47,6 +56,15 @@ for i, key in ipairs(KEYS) do
       verdict = 3
     end
     if verdict ~= 0 then
+      local same = standing == body
+        or not (old and new) and bare(standing, old) == bare(body, new)
+      local counter = '{' .. key .. '}:again'
+      local counted = redis.pcall('HINCRBY', counter, same and 'same' or 'differs', 1)
+      if type(counted) == 'number' then
+        redis.call('PEXPIRE', counter, ttl)
+      elseif not string.find(counted.err, 'non local key', 1, true) then
+        return counted
+      end
       local send = verdict == 1 and string.byte(wanted, i) == 49
       local n = #news
       news[n + 1], news[n + 2], news[n + 3] = i, verdict, send and standing or ''
@@ -59,7 +77,21 @@ return news
 """KEYS: result keys. ARGV: TTL in ms; one character a row, ``1`` where the standing body is wanted; bodies.
 
 Returns for each row that was not written: its number from 1, its ``Verdict``, the standing body or ``""``.
+Each such row is counted in the hash that ``wire.stored.again_key`` names, as ``wire.stored.repeats`` says.
 """
+
+STANDS = _script(
+    """
+local missing = {}
+for i, key in ipairs(KEYS) do
+  if redis.call('EXISTS', key) == 0 then
+    missing[#missing + 1] = i
+  end
+end
+return missing
+"""
+)
+"""KEYS: result keys. Returns the numbers, from 1, of those that do not stand."""
 
 REPLY = _script(
     """

@@ -31,6 +31,14 @@ def result_key(fleet: str, route: str, request_id: str) -> str:
     return f"{fleet}:result:{route}:{request_id}"
 
 
+def again_key(fleet: str, route: str, request_id: str) -> str:
+    """Return the key of the hash that counts what came again under a result's id.
+
+    The braces hold the result's key, which has none itself, so both keys are in one cluster slot.
+    """
+    return f"{{{result_key(fleet, route, request_id)}}}:again"
+
+
 def reply_key(fleet: str, name: str) -> str:
     """Return the key of a client's reply stream."""
     return f"{fleet}:reply:{name}"
@@ -76,6 +84,25 @@ def judge(standing: bytes, body: bytes) -> Verdict:
             return Verdict.WRITTEN
         return Verdict.OTHER_ERROR if differs else Verdict.STOOD
     return Verdict.OTHER_PAYLOAD if differs else Verdict.STOOD
+
+
+SAME, DIFFERS = "same", "differs"
+"""The fields of a counter: how often an equal value came again, and how often another one."""
+
+
+def repeats(standing: bytes, body: bytes) -> str:
+    """Return which counter a ``body`` belongs to that was not written because of ``standing``.
+
+    The marks take part: a value for another payload is another one. A body without a mark is compared bare.
+    """
+    old, new = payload_of(standing), payload_of(body)
+    if old and new:
+        return SAME if standing == body else DIFFERS
+    return SAME if _bare(standing, old) == _bare(body, new) else DIFFERS
+
+
+def _bare(body: bytes, payload: str) -> bytes:
+    return body[: -len(_MARK % payload.encode())] + b"}" if payload else body
 
 
 def duplicate_text(request_id: str) -> str:
