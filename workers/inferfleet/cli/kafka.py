@@ -15,7 +15,6 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AclOperation, AdminClient, NewTopic
 
-from inferfleet.cli.topology import Need
 from inferfleet.config import Config, kafka_client_config
 from inferfleet.errors import BrokerError, ConfigError
 
@@ -122,24 +121,6 @@ class Cluster:
             TopicCollection(list(names)), include_authorized_operations=True, request_timeout=self._answer_s
         )
         return {name: _topic_facts(future) for name, future in asked.items()}
-
-    def check(self, needs: Iterable[Need]) -> None:
-        """Raise BrokerError for the first topic that is missing or that this user lacks a right on."""
-        wanted = {need.name: need for need in needs if need.broker == "kafka"}
-        standing = self.topics()
-        for name, found in self.describe_topics(list(wanted)).items():
-            need = wanted[name]
-            if found.problem and name not in standing:
-                raise BrokerError(
-                    f"{need} ({need.use}): {found.problem}; "
-                    "`inferfleet topics plan` prints what the routes need"
-                )
-            lacking = sorted(need.access - found.rights) if found.rights else []
-            if lacking and "ALL" not in found.rights:
-                raise BrokerError(
-                    f"{need} ({need.use}): this user has no {lacking[0]} right on it; "
-                    "`inferfleet topics plan --format acls` prints the rights"
-                )
 
     def describe_group(self, group: str) -> GroupFacts:
         """Return a group's members; raises BrokerError where this broker or this user may not tell."""

@@ -1,14 +1,15 @@
-"""The admin address of a process: probes, metrics and status over HTTP, on a thread of its own."""
+"""The admin address of a process: probes, metrics, status and pauses over HTTP, on a thread of its own."""
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 import structlog
@@ -18,6 +19,13 @@ from prometheus_client.exposition import choose_encoder
 from inferfleet.errors import ConfigError
 
 log = structlog.get_logger(__name__)
+
+Answer: TypeAlias = tuple[int, str, bytes]
+"""Status, content type and body."""
+
+MAX_BODY_BYTES = 4096
+MAX_REASON = 200
+_ROUTE_PATH = re.compile(r"/routes/([a-z0-9][a-z0-9-]{0,62})/(pause|resume)")
 
 
 class Health(NamedTuple):
@@ -45,6 +53,20 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     in_flight_rows: int = 0
     in_flight_bytes: int = 0
     oldest_request_seconds: float = 0.0
+
+
+class _PauseBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What may be said when a route is paused."""
+
+    reason: str = ""
+
+
+class Commands(NamedTuple):
+    """What a ``POST`` may do; ``serves`` says whether this process has a route of that name."""
+
+    pause: Callable[[str, str], object]
+    resume: Callable[[str], object]
+    serves: Callable[[str], bool]
 
 
 class _Server(ThreadingHTTPServer):
@@ -75,7 +97,11 @@ class AdminServer:
     """Serves ``/healthz``, ``/livez``, ``/readyz``, ``/metrics`` and ``/status``.
 
     Binding happens here, so a port that is taken raises ConfigError before anything else starts; nothing
-    is served before :meth:`start`. ``health`` and ``status`` are called on the server's threads.
+    is served before :meth:`start`. Every function given is called on the server's threads.
+
+    With ``pause(route, reason)`` and ``resume(route)`` a ``POST`` to ``/routes/NAME/pause`` or ``/resume``
+    calls them; ``serves`` says which routes there are. A ``POST`` must say that it carries JSON, which no web
+    page can do elsewhere than at home without being asked first, and must not come from a page at all.
     """
 
     def __init__(
@@ -85,9 +111,14 @@ class AdminServer:
         health: Callable[[], Health],
         status: Callable[[], object] | None = None,
         key: str = "[worker] admin_address",
+        *,
+        pause: Callable[[str, str], object] | None = None,
+        resume: Callable[[str], object] | None = None,
+        serves: Callable[[str], bool] = lambda _: True,
     ) -> None:
         host, port = split_address(address, key)
-        self._routes: dict[str, Callable[[str], tuple[int, str, bytes]]] = {
+        self._commands = Commands(pause, resume, serves) if pause and resume else None
+        self._routes: dict[str, Callable[[str], Answer]] = {
             "/healthz": lambda _: _probe(health(), live=True),
             "/livez": lambda _: _probe(health(), live=True),
             "/readyz": lambda _: _probe(health(), live=False),
@@ -106,10 +137,11 @@ class AdminServer:
 
     def _bind(self, host: str, port: int) -> _Server:
         family, *_, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        routes = self._routes
+        routes, given = self._routes, self._commands
 
         class Handler(_Handler):
             answers = routes
+            commands = given
 
         class Server(_Server):
             address_family = family
@@ -148,7 +180,8 @@ class AdminServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    answers: ClassVar[dict[str, Callable[[str], tuple[int, str, bytes]]]] = {}
+    answers: ClassVar[dict[str, Callable[[str], Answer]]] = {}
+    commands: ClassVar[Commands | None] = None
     timeout = 5
     protocol_version = "HTTP/1.1"
     server_version = "inferfleet"
@@ -156,24 +189,86 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one of the known paths."""
-        answer = self.answers.get(self.path.partition("?")[0])
+        answer = self.answers.get(self._path)
         if answer is None:
-            self._send(*_json(HTTPStatus.NOT_FOUND, {"error": "no such path", "paths": sorted(self.answers)}))
-            return
-        try:
-            status, content_type, body = answer(self.headers.get("Accept", ""))
-        except Exception:
-            log.exception("admin_answer_failed", path=self.path)
-            status, content_type, body = _json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "see the log"})
-        self._send(status, content_type, body)
+            known = sorted(self.answers)
+            self._send(*_json(HTTPStatus.NOT_FOUND, {"error": "no such path", "paths": known}))
+        else:
+            self._answer(lambda: answer(self.headers.get("Accept", "")))
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        """Pause or resume a route."""
+        # What is left unread of a body would be taken for the next request.
+        self.close_connection = True
+        self._answer(self._command)
+
+    @property
+    def _path(self) -> str:
+        return self.path.partition("?")[0]
+
+    def _answer(self, question: Callable[[], Answer]) -> None:
+        try:
+            answer = question()
+        except Exception:
+            log.exception("admin_answer_failed", path=self.path)
+            answer = _json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "see the log"})
+        self._send(*answer)
+
+    def _command(self) -> Answer:
+        if self._path in self.answers:
+            return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "this path is only read")
+        found = _ROUTE_PATH.fullmatch(self._path)
+        if found is None or self.commands is None:
+            return _refusal(HTTPStatus.NOT_FOUND, "POST goes to /routes/NAME/pause or /routes/NAME/resume")
+        refused = self._not_from_a_tool()
+        if refused is not None:
+            return refused
+        name, verb = found.groups()
+        if not self.commands.serves(name):
+            return _refusal(HTTPStatus.NOT_FOUND, f'no route of this worker is named "{name}"')
+        try:
+            said = self._said()
+        except (msgspec.MsgspecError, ValueError) as error:
+            return _refusal(HTTPStatus.BAD_REQUEST, f'the body must be empty or {{"reason": …}}: {error}')
+        if verb == "resume":
+            self.commands.resume(name)
+            return _json(HTTPStatus.OK, {"route": name, "paused": False})
+        reason = said or f"paused by {self.client_address[0]}"
+        self.commands.pause(name, reason)
+        log.warning("route_pause_asked", route=name, reason=reason, by=self.client_address[0])
+        return _json(HTTPStatus.OK, {"route": name, "paused": True, "reason": reason})
+
+    def _not_from_a_tool(self) -> Answer | None:
+        """Return how a request is refused that a web page may have caused; ``None`` lets it pass.
+
+        A page must ask before it sends JSON to another origin, and is not answered; a page that reaches
+        this address under a name of its own is told by its origin, which browsers add to every POST.
+        """
+        if self.headers.get_content_type() != "application/json":
+            text = "content-type must be application/json"
+            return _refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, text)
+        if "Origin" in self.headers:
+            return _refusal(HTTPStatus.FORBIDDEN, "web pages may not do this")
+        return None
+
+    def _said(self) -> str:
+        """Return the reason that the body gives."""
+        length = int(self.headers.get("Content-Length") or 0)
+        if not 0 <= length <= MAX_BODY_BYTES:
+            raise ValueError(f"at most {MAX_BODY_BYTES} bytes")
+        body = self.rfile.read(length)
+        reason = msgspec.json.decode(body, type=_PauseBody).reason if body else ""
+        return "".join(each if each.isprintable() else " " for each in reason)[:MAX_REASON].strip()
 
     def _send(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -182,15 +277,19 @@ class _Handler(BaseHTTPRequestHandler):
         """Probes come every few seconds: they are no events."""
 
 
-def _probe(health: Health, *, live: bool) -> tuple[int, str, bytes]:
+def _probe(health: Health, *, live: bool) -> Answer:
     good = health.live if live else health.live and health.ready
     return _json(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, health._asdict())
 
 
-def _metrics(registry: CollectorRegistry, accept: str) -> tuple[int, str, bytes]:
+def _metrics(registry: CollectorRegistry, accept: str) -> Answer:
     encode, content_type = choose_encoder(accept)
     return HTTPStatus.OK, content_type, encode(registry)
 
 
-def _json(status: int, body: object) -> tuple[int, str, bytes]:
+def _json(status: int, body: object) -> Answer:
     return status, "application/json", msgspec.json.encode(body)
+
+
+def _refusal(status: int, text: str) -> Answer:
+    return _json(status, {"error": text})
