@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from inferfleet.addresses import on_rabbitmq, plain, rabbitmq_source
 from inferfleet.records import Amqp, Chunk, Header, Headers, Origin
-from inferfleet.wire.headers import ID
+from inferfleet.wire.headers import ID, NOT_BEFORE
 from inferfleet.worker.deadletter import origin_of
 
 TOPIC = "inferfleet-origin-topic"
@@ -17,7 +17,6 @@ PARTITION = "inferfleet-origin-partition"
 OFFSET = "inferfleet-origin-offset"
 TIMESTAMP = "inferfleet-origin-timestamp"
 ATTEMPT = "inferfleet-attempt"
-NOT_BEFORE = "inferfleet-not-before-ms"
 OURS = (TOPIC, PARTITION, OFFSET, TIMESTAMP, ATTEMPT, NOT_BEFORE)
 _BROKERS_OWN = ("x-death", "x-delivery-count")
 """What RabbitMQ adds while a message waits; ``x-first-`` and ``x-last-death-`` likewise."""
