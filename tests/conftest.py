@@ -42,6 +42,19 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         return (yield)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have measured, by ``record_property``."""
+    figures = [
+        (name, value)
+        for report in terminalreporter.stats.get("passed", ())
+        for name, value in report.user_properties
+    ]
+    if figures:
+        terminalreporter.section("figures")
+        for name, value in sorted(figures):
+            terminalreporter.write_line(f"{name:<24} {value}")
+
+
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     """A Kafka broker shared by the whole run; use ``topic`` for names of your own."""

@@ -8,9 +8,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from inferfleet.cli.slot import state_folder
-from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
+from inferfleet.cli.topology import retry_delays, uses_kafka, uses_rabbitmq
 from inferfleet.config import Config, kafka_client_config
-from inferfleet.naming import retry_addresses, retry_group, retry_sources, retry_topics, source_address
+from inferfleet.naming import retry_group, retry_name, retry_sources, retry_topics, source_address
 from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, ResultOutlet
 from inferfleet.routes import Route
 from inferfleet.telemetry.metrics import PrometheusMetrics
@@ -116,7 +116,12 @@ class Joining:
     def _rabbit_intake(self, link: RabbitLink) -> Intake:
         from inferfleet.brokers.rabbitmq_intake import RabbitIntake
 
-        delays = {source_address(route): retry_addresses(self._config, route) for route in self.routes}
+        delays = {
+            source_address(route): [
+                retry_name(self._config, route, ms) for ms in retry_delays(self._config, route)
+            ]
+            for route in self.routes
+        }
         return RabbitIntake(link, prefetch=self._prefetch, delays=delays)
 
     def _prefetch(self, source: str) -> int:
@@ -162,7 +167,7 @@ class Joining:
         if not self._redis:
             return None
         from inferfleet.redis_access import open_redis, place_of
-        from inferfleet.results.redis import OutletOptions, RedisResults
+        from inferfleet.results.redis import RedisResults
 
         place = replace(place_of(self._config), client_name=self._config.worker_id)
         return RedisResults(
@@ -170,8 +175,7 @@ class Joining:
             self._config.fleet.name,
             wake=lambda: self._news.put(None),
             stood=self._metrics.redeliveries,
-            # Keys of one atomic step share a slot on a cluster, so there each row is a step.
-            options=OutletOptions(rows_per_step=1) if place.mode == "cluster" else None,
+            lost=self._metrics.results_lost,
         )
 
     def _control(self) -> Place | None:
