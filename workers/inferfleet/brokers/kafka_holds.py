@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import TypeAlias
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 Where: TypeAlias = tuple[str, int]
 
@@ -56,7 +57,12 @@ class Holds:
         due = [where for where, until_s in self._until.items() if until_s <= now]
         for where in due:
             del self._until[where]
-        _tell(self._consumer.resume, [where for where in due if where[0] not in self._topics])
+        free = [where for where in due if where[0] not in self._topics]
+        _tell(self._consumer.resume, free)
+        for where in free:
+            # It goes on there anyway; told once more, the client's fetcher wakes: it may sleep for a second.
+            with suppress(KafkaException):
+                self._consumer.seek(TopicPartition(*where, self._sought[where]))
         return min(self._until.values(), default=None)
 
     @property
