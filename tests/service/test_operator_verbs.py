@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from confluent_kafka import Consumer, Producer
 
 from inferfleet.cli import cli
+from inferfleet.control.pauses import RedisPauses
 from tests.conftest import TopicFactory
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
@@ -28,6 +29,7 @@ class Fleet:
         self.folder = folder
         self.source = source
         self.results = f"{source}.results"
+        self.retries = [f"{source}.ops.default.retry.{delay}" for delay in (5000, 30000, 300000)]
         properties = {key: value for key, value in client.items() if key != "bootstrap.servers"}
         self.write(client["bootstrap.servers"], properties, **redis)
         (folder / "routes.toml").write_text(
@@ -63,11 +65,11 @@ def test_apply_creates_what_is_missing_and_twice_changes_nothing(fleet: Fleet) -
     first = json.loads(fleet.run("topics", "plan", "--apply", "--json", "--partitions", "4").stdout)
     second = json.loads(fleet.run("topics", "plan", "--apply", "--json").stdout)
 
-    assert [each["outcome"] for each in first] == ["stood", "created", "created"]
+    assert [each["outcome"] for each in first] == ["stood", *["created"] * 5]
     assert [(each["outcome"], each["partitions"]) for each in second] == [
         ("stood", 3),
         ("stood", 4),
-        ("stood", 1),
+        *[("stood", 1)] * 4,
     ]
 
 
@@ -82,7 +84,8 @@ def test_doctor_names_missing_topics_and_then_the_count_that_differs(fleet: Flee
     assert "does not exist" in before[f"topic {fleet.results}"][1]
     assert after[f"topic {fleet.results}"][0] == "warn"
     assert "4 partitions, its source has 3" in after[f"topic {fleet.results}"][1]
-    assert after["group ops.default"][0] == "ok"
+    assert {after[f"topic {name}"][0] for name in fleet.retries} == {"ok"}
+    assert after["group ops.default"][0] == after["group ops.default.retry"][0] == "ok"
 
 
 def test_doctor_takes_the_expected_partition_count(fleet: Fleet) -> None:
@@ -113,6 +116,9 @@ def test_status_shows_members_and_lag(fleet: Fleet, kafka: KafkaServer, protocol
         wait_until(lambda: taken.extend(consumer.consume(10, 0.2)) or len(taken) == 10, 20, "ten records")
         last = next(each for each in taken if each.partition() == 0 and each.offset() == 2)
         consumer.commit(message=last, asynchronous=False)
+        fleet.run("topics", "plan", "--apply")
+        producer.produce(f"{fleet.source}.{group}.retry.5000", b"again")
+        assert producer.flush(10) == 0
         pools = json.loads(fleet.run("status", "--json").stdout)["pools"]
         shown = fleet.run("status").stdout
     finally:
@@ -125,7 +131,10 @@ def test_status_shows_members_and_lag(fleet: Fleet, kafka: KafkaServer, protocol
         (None, 5, 5, "w-1"),
         (None, 0, 0, "w-1"),
     ]
-    assert "1 member  lag 7" in shown
+    assert "1 member  lag 7  1 wait for a further attempt" in shown
+    assert [(each["topic"], each["lag"]) for each in pools[0]["retries"]] == [
+        (f"{fleet.source}.{group}.retry.{delay}", lag) for delay, lag in ((5000, 1), (30000, 0), (300000, 0))
+    ]
 
 
 def _bury(kafka: KafkaServer, topic: str, count: int) -> None:
@@ -175,7 +184,8 @@ def test_exactly_the_printed_rights_are_enough_for_doctor(secure_kafka: KafkaSer
     """A worker without rights is told which; with the printed rules doctor finds nothing, nor does status."""
     source = "secured.requests"
     fleet = Fleet(tmp_path, secure_kafka.client_config("worker"), "r", source)
-    secure_kafka.create_topics({source: 2, f"{source}.results": 2, f"{source}.ops.default.dlt": 1})
+    one = dict.fromkeys([f"{source}.ops.default.dlt", *fleet.retries], 1)
+    secure_kafka.create_topics({source: 2, f"{source}.results": 2, **one})
 
     before = fleet.findings()
     rules = fleet.run(
@@ -239,6 +249,36 @@ def test_redis_is_looked_at_where_a_route_needs_it(
     assert there[0] == "ok"
     assert away[0] == "FAIL"
     assert "check [redis] url" in away[1]
+
+
+def test_a_pause_is_shared_by_the_whole_pool(
+    fleet: Fleet, kafka: KafkaServer, redis_server: RedisServer
+) -> None:
+    """What a person pauses every worker sees, what a brake pauses a person resumes; status shows both."""
+    routes = fleet.folder / "routes.toml"
+    routes.write_text(routes.read_text().replace("results = [", 'results = ["redis", '))
+    fleet.write(kafka.bootstrap_servers, {}, url=redis_server.url)
+    assert "was not paused" in fleet.run("route", "resume", "r").stdout
+    paused = fleet.run("route", "pause", "r", "--reason", "model 7").stdout
+    again = fleet.run("route", "pause", "r", "--reason", "other").stdout
+    board = RedisPauses(redis_server.client, "ops", "w-1")
+    try:
+        board.watch(["r"])
+        wait_until(lambda: board.current() == {"r": "model 7"}, 10, "the worker sees the pause")
+        shown = fleet.run("status").stdout
+        resumed = fleet.run("route", "resume", "r").stdout
+        wait_until(lambda: not board.current(), 10, "the worker sees its end")
+        board.pause("r", "20 failures in a row")
+        wait_until(lambda: "20 failures" in fleet.run("status").stdout, 10, "status shows the brake")
+        ended = fleet.run("route", "resume", "r").stdout
+    finally:
+        board.close()
+
+    assert "route r is paused for pool default: model 7" in paused
+    assert "route r was paused already: model 7 (operator on " in again
+    assert "route r is paused: model 7; `inferfleet route resume r` ends it" in shown
+    assert "it was paused: model 7" in resumed
+    assert "it was paused: 20 failures in a row" in ended
 
 
 def test_the_status_of_a_running_worker_is_shown(fleet: Fleet) -> None:

@@ -31,6 +31,9 @@ _AWAY = {
     KafkaError._RESOLVE,
 }
 
+# A leader that changes, or that a topic just created does not have yet.
+_MOVING = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
+
 
 class TopicFacts(NamedTuple):
     """A topic as the broker describes it; ``problem`` says why it cannot be seen."""
@@ -217,10 +220,14 @@ class Cluster:
             time.sleep(0.05)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
-        try:
-            return question()
-        except KafkaException as error:
-            raise self._error(error.args[0]) from None
+        until = time.monotonic() + self._answer_s
+        while True:
+            try:
+                return question()
+            except KafkaException as error:
+                if error.args[0].code() not in _MOVING or time.monotonic() > until:
+                    raise self._error(error.args[0]) from None
+            time.sleep(0.1)
 
     def _error(self, error: KafkaError) -> BrokerError:
         return explained(self.address, error)

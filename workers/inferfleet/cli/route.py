@@ -7,6 +7,7 @@ import json
 import click
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
+from inferfleet.errors import BrokerError
 from inferfleet.routes import BUCKETS, Route, Variant
 
 _OPTIONAL = (
@@ -17,7 +18,7 @@ _OPTIONAL = (
 
 @click.group(epilog="Example: inferfleet route list")
 def route() -> None:
-    """Show the routes: source, results, model and variants."""
+    """Show the routes: source, results, model and variants; pause and resume them."""
 
 
 @route.command("list", epilog="Example: inferfleet route list --json")
@@ -72,6 +73,84 @@ def show(session: Session, name: str, as_toml: bool, as_json: bool) -> None:
         (each.name, each.version, percent(each), f"{each.low}-{each.high - 1}") for each in found.variants
     ]
     echo_table(("variant", "version", "share", "buckets"), rows)
+
+
+_ADMIN = click.option(
+    "--admin",
+    "addresses",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Only the worker at this admin address, without Redis. May be repeated.",
+)
+
+
+@route.command(epilog='Example: inferfleet route pause digits --reason "model 7 is wrong"')
+@click.argument("name")
+@click.option("--reason", default="by hand", show_default=True, help="What status and logs say.")
+@_ADMIN
+@pass_session
+def pause(session: Session, name: str, reason: str, addresses: tuple[str, ...]) -> None:
+    """Let no worker take from a route until it is resumed.
+
+    What was taken already is finished. The pause is kept in Redis for the whole pool; it outlives workers.
+    """
+    reason = " ".join(reason.split()) or "by hand"
+    for address in addresses:
+        _tell(address, name, "pause", reason)
+        click.echo(f"route {name} is paused at {address}: {reason}")
+    if addresses:
+        return
+    from inferfleet.cli.pauses import SharedPauses
+
+    pool = _sharing_pool(session, name)
+    with SharedPauses(session.config) as pauses:
+        stood = pauses.pause(name, reason)
+    if stood is not None:
+        click.echo(f"route {name} was paused already: {stood.reason}{f' ({stood.by})' if stood.by else ''}")
+    else:
+        click.echo(f"route {name} is paused for pool {pool}: {reason}")
+    click.echo(f"`inferfleet route resume {name}` ends it")
+
+
+@route.command(epilog="Example: inferfleet route resume digits")
+@click.argument("name")
+@_ADMIN
+@pass_session
+def resume(session: Session, name: str, addresses: tuple[str, ...]) -> None:
+    """End the pause of a route, whether a person, a brake or a worker set it."""
+    for address in addresses:
+        _tell(address, name, "resume")
+        click.echo(f"route {name} goes on at {address}")
+    if addresses:
+        return
+    from inferfleet.cli.pauses import SharedPauses
+
+    pool = _sharing_pool(session, name)
+    with SharedPauses(session.config) as pauses:
+        stood = pauses.resume(name)
+    if stood is None:
+        click.echo(f"route {name} was not paused")
+    else:
+        click.echo(f"route {name} goes on for pool {pool}; it was paused: {stood.reason}")
+
+
+def _sharing_pool(session: Session, name: str) -> str:
+    """Return the pool of a route; raise BrokerError where its workers do not look into Redis."""
+    from inferfleet.cli.topology import shares_pauses
+
+    pool = session.routes.named(name).pool
+    if not shares_pauses(session.config, session.routes.of_pool(pool)):
+        raise BrokerError(
+            f"the workers of pool {pool} share no Redis (none of its routes has redis results, and there is "
+            f"no [control]); name each of them: --admin HOST:PORT"
+        )
+    return pool
+
+
+def _tell(address: str, name: str, verb: str, reason: str = "") -> None:
+    from inferfleet.cli.pauses import ask_admin
+
+    ask_admin(address, name, verb, reason)
 
 
 def percent(variant: Variant) -> str:

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
-from inferfleet.cli.topology import retry_group_of, route_queues, route_topics
+from inferfleet.cli.topology import retry_group_of, route_queues, route_topics, shares_pauses
 from inferfleet.errors import BrokerError
 from inferfleet.telemetry.admin import WorkerStatus
 
@@ -55,7 +55,8 @@ class PoolStatus(msgspec.Struct, frozen=True):
     """One pool; ``note`` says in one line what could not be found out.
 
     ``lag`` counts requests that no worker has taken, in topics and queues; ``retrying`` those that wait for
-    a further attempt. ``state`` and ``members`` are the consumer group's; ``-`` without Kafka.
+    a further attempt. ``state`` and ``members`` are the consumer group's; ``-`` without Kafka. ``paused``
+    maps routes to reasons, as far as the pool shares its pauses; workers may have some of their own.
     """
 
     pool: str
@@ -68,6 +69,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     queues: list[QueueStatus] = []
     retries: list[PartitionStatus] = []
     retrying: int = 0
+    paused: dict[str, str] = {}
 
 
 class WorkerAnswer(msgspec.Struct, frozen=True):
@@ -153,26 +155,41 @@ def pool_status(
         takers = _described(kafka, behind, notes) if facts is not None and topics else None
         retries = _partitions(kafka, behind, topics, standing, takers, notes)
     queues = _queues(config, routes, rabbitmq, notes)
-    ready = {
-        role: sum(each.ready for each in queues if each.role == role) for role in {q.role for q in queues}
-    }
-    members = [
-        MemberStatus(each.client, each.host, len(each.assignment))
-        for each in (facts.members if facts else ())
-    ]
-    state = facts.state.lower() if facts else "unknown" if sources else "-"
+    paused = _paused(config, routes, notes)
     return PoolStatus(
-        pool,
-        group,
-        state,
-        members,
-        rows,
-        sum(each.lag for each in rows) + ready.get("source", 0),
-        "; ".join(notes),
-        queues,
-        retries,
-        sum(each.lag for each in retries) + ready.get("retries", 0) + ready.get("ready retries", 0),
+        pool=pool,
+        group=group,
+        state=facts.state.lower() if facts else "unknown" if sources else "-",
+        members=[
+            MemberStatus(each.client, each.host, len(each.assignment))
+            for each in (facts.members if facts else ())
+        ],
+        partitions=rows,
+        lag=sum(each.lag for each in rows) + _ready(queues, "source"),
+        note="; ".join(notes),
+        queues=queues,
+        retries=retries,
+        retrying=sum(each.lag for each in retries) + _ready(queues, "retries", "ready retries"),
+        paused=paused,
     )
+
+
+def _ready(queues: Iterable[QueueStatus], *roles: str) -> int:
+    return sum(each.ready for each in queues if each.role in roles)
+
+
+def _paused(config: Config, routes: Sequence[Route], notes: list[str]) -> dict[str, str]:
+    if not shares_pauses(config, routes):
+        return {}
+    from inferfleet.cli.pauses import SharedPauses
+
+    try:
+        with SharedPauses(config) as pauses:
+            found = pauses.current(route.name for route in routes)
+    except BrokerError as error:
+        notes.append(f"{error}; pauses are unknown")
+        return {}
+    return {name: pause.reason for name, pause in found.items()}
 
 
 def _described(kafka: Cluster, group: str, notes: list[str]) -> GroupFacts | None:
@@ -255,6 +272,8 @@ def _print_pool(pool: PoolStatus) -> None:
     click.echo(f"pool {pool.pool}  group {pool.group}{group}  lag {pool.lag}{retrying}")
     if pool.note:
         click.echo(f"  {pool.note}")
+    for route, reason in pool.paused.items():
+        click.echo(f"  route {route} is paused: {reason}; `inferfleet route resume {route}` ends it")
     if pool.members:
         click.echo()
         echo_table(("member", "host", "partitions"), [(m.client, m.host, m.partitions) for m in pool.members])

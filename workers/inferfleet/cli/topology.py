@@ -81,6 +81,11 @@ def uses_rabbitmq(routes: Iterable[Route]) -> bool:
     return any(each.kind in kinds for route in routes for each in (route.source, *route.results))
 
 
+def shares_pauses(config: Config, pool: Iterable[Route]) -> bool:
+    """Return whether the workers on these routes of one pool look for pauses in Redis."""
+    return config.control is not None or any(each.kind == "redis" for route in pool for each in route.results)
+
+
 def retry_delays(config: Config, route: Route) -> list[int]:
     """Return the delays of a route's retries; with ``order = "key"`` there are none."""
     return [] if route.order == "key" else list(dict.fromkeys(config.retry.delays_ms))
