@@ -20,6 +20,8 @@ ATTEMPT = "inferfleet-attempt"
 OURS = (TOPIC, PARTITION, OFFSET, TIMESTAMP, ATTEMPT, NOT_BEFORE)
 _BROKERS_OWN = ("x-death", "x-delivery-count")
 """What RabbitMQ adds while a message waits; ``x-first-`` and ``x-last-death-`` likewise."""
+_MOST_DIGITS = 20
+"""A sign and 63 bits."""
 
 
 def retry_headers(
@@ -54,18 +56,22 @@ def restore(chunk: Chunk) -> None:
     """Give the records of a retry topic back what they were: headers, time, place, and their attempt."""
     origins: list[Origin] = []
     for row, headers in enumerate(chunk.headers):
-        found, chunk.headers[row] = _split(headers)
+        found, original = _split(headers)
         origin = _origin(chunk, row, found)
         chunk.timestamps_ms[row] = origin.timestamp_ms
         origins.append(origin)
         if chunk.amqp is not None:
             chunk.amqp[row] = _cleaned(chunk.amqp[row])
+            original = [header for header in original if not _brokers_own(header[0])]
+        chunk.headers[row] = original or None
     chunk.origins = origins
     if chunk.fallback_ids is None:
         chunk.fallback_ids = [f"{o.source}-{o.partition}-{o.position}" for o in origins]
+        for row, request_id in enumerate(chunk.fallback_ids):
+            chunk.headers[row] = _unnamed(chunk.headers[row], request_id)
 
 
-def _split(headers: Headers) -> tuple[dict[str, bytes | None], Headers]:
+def _split(headers: Headers) -> tuple[dict[str, bytes | None], list[Header]]:
     """Return our headers, each the last of its name, and what the caller sent."""
     ours: dict[str, bytes | None] = {}
     original: list[Header] = []
@@ -75,7 +81,14 @@ def _split(headers: Headers) -> tuple[dict[str, bytes | None], Headers]:
         else:
             original.append((name, value))
     original.reverse()
-    return ours, original or None
+    return ours, original
+
+
+def _unnamed(headers: Headers, request_id: str) -> Headers:
+    """Return headers without the id that was put in front: no caller knows what Kafka will call a record."""
+    if not headers or headers[0] != (ID, request_id.encode()):
+        return headers
+    return headers[1:] or None
 
 
 def _origin(chunk: Chunk, row: int, found: dict[str, bytes | None]) -> Origin:
@@ -83,25 +96,32 @@ def _origin(chunk: Chunk, row: int, found: dict[str, bytes | None]) -> Origin:
     source, partition = chunk.stream
     try:
         name = (found[TOPIC] or b"").decode()
+        if not name:
+            raise ValueError
         return Origin(
             rabbitmq_source(name) if on_rabbitmq(source) else name,
-            int(found[PARTITION] or b""),
-            int(found[OFFSET] or b""),
-            int(found[TIMESTAMP] or b""),
-            max(1, int(found[ATTEMPT] or b"")),
+            _whole(found[PARTITION]),
+            _whole(found[OFFSET]),
+            _whole(found[TIMESTAMP]),
+            max(1, _whole(found[ATTEMPT])),
         )
     except (KeyError, ValueError):
         return Origin(source, partition, chunk.positions[row], chunk.timestamps_ms[row], 1)
 
 
+def _whole(value: bytes | None) -> int:
+    """Return a number as brokers have them. Raises ValueError for any other."""
+    if value is None or len(value) > _MOST_DIGITS:
+        raise ValueError
+    return int(value)
+
+
+def _brokers_own(name: str) -> bool:
+    return name in _BROKERS_OWN or name.startswith(("x-first-death-", "x-last-death-"))
+
+
 def _cleaned(amqp: Amqp) -> Amqp:
     if amqp.table is None:
         return amqp
-    table = {
-        name: value
-        for name, value in amqp.table.items()
-        if name not in OURS
-        and name not in _BROKERS_OWN
-        and not name.startswith(("x-first-death-", "x-last-death-"))
-    }
+    table = {name: value for name, value in amqp.table.items() if name not in OURS and not _brokers_own(name)}
     return amqp._replace(table=table)
