@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -43,12 +44,12 @@ def demo(
 ) -> None:
     """Show the main job for real: servers, models, two workers, one of them killed, nothing lost.
 
-    Starts an embedded Kafka broker and Redis, builds two versions of a digits classifier, sends 1,797 digits
-    and some hundred files, kills a worker on the way and waits for every answer. Exits 0 if none is missing
-    and all are right.
+    Starts an embedded Kafka broker (or a RabbitMQ node) and Redis, builds two versions of a digits
+    classifier, sends 1,797 digits and some hundred files, kills a worker on the way and waits for every
+    answer. Exits 0 if none is missing and all are right.
     """
-    if broker == "rabbitmq":
-        raise click.UsageError("--broker rabbitmq is not available yet in this release; use --broker kafka")
+    if broker == "rabbitmq" and real_kafka:
+        raise click.UsageError("--broker rabbitmq and --real-kafka exclude each other")
     if stop:
         from inferfleet.demo.processes import stop_recorded
 
@@ -58,7 +59,10 @@ def demo(
     _check_packages(torch)
     from inferfleet.demo.run import Options, run
 
-    passed = run(Options(folder=folder, keep=keep, torch=torch, real_kafka=real_kafka))
+    kind: Literal["embedded", "kafka", "rabbitmq"] = "kafka" if real_kafka else "embedded"
+    if broker == "rabbitmq":
+        kind = "rabbitmq"
+    passed = run(Options(folder=folder, keep=keep, torch=torch, broker=kind))
     context.exit(0 if passed else 1)
 
 

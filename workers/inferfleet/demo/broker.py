@@ -1,51 +1,62 @@
-"""The embedded broker: librdkafka's mock Kafka cluster in a process of its own.
-
-``python -m inferfleet.demo.broker [--detached] TOPIC...`` prints the bootstrap address as its first line
-and lives until SIGTERM or, unless ``--detached``, until its standard input closes: a demo that dies
-takes its broker along. The mock keeps records in memory (5 MiB a partition), gives every topic four
-partitions and knows no topic administration, no rights and no TLS: it is a stage, not a store.
-"""
+"""What the demo needs to know of the broker that it runs on; all the rest of it is the same on each."""
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
-from confluent_kafka import Producer
-
-PARTITIONS = 4
-_ANSWER_TIMEOUT_S = 10.0
+from inferfleet.demo.tally import Tally
+from inferfleet.demo.traffic import Request
 
 
-def serve(topics: list[str], detached: bool) -> None:
-    """Run the mock cluster with ``topics`` in place until told to stop; blocks."""
-    # The cluster lives inside this producer: it ends with the object.
-    cluster = Producer({"test.mock.num.brokers": 1, "log_level": 0})
-    address = ",".join(
-        f"{broker.host}:{broker.port}"
-        for broker in cluster.list_topics(timeout=_ANSWER_TIMEOUT_S).brokers.values()
-    )
-    for topic in topics:
-        # Asking a producer about one topic by name creates it; consumers ask without that right.
-        cluster.list_topics(topic, timeout=_ANSWER_TIMEOUT_S)
+class Wires(Protocol):
+    """A plain client of the broker: sends and collects on one thread, and writes both into a tally."""
 
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    if not detached:
-        threading.Thread(target=_wait_for_end_of_input, args=(stopped,), daemon=True).start()
-    sys.stdout.write(f"{address}\n")
-    sys.stdout.flush()
-    stopped.wait()
+    def send(self, requests: Iterable[Request]) -> None:
+        """Send requests and return when the broker has them all."""
+
+    def collect(self, seconds: float) -> int:
+        """Take the answers that arrive within ``seconds``; returns how many came."""
+
+    def unsettled(self) -> list[str]:
+        """Return where workers have requests to settle yet; if nowhere, nothing comes any more, nor again."""
+
+    def unread(self) -> list[str]:
+        """Return where outcomes wait that were not collected yet."""
+
+    def close(self) -> None:
+        """Give the connections back."""
 
 
-def _wait_for_end_of_input(stopped: threading.Event) -> None:
-    while sys.stdin.buffer.read(4096):
-        pass
-    stopped.set()
+class Broker(Protocol):
+    """A broker that is up and answers."""
 
+    @property
+    def title(self) -> str:
+        """Which broker it is and where it listens."""
 
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    serve([name for name in arguments if name != "--detached"], "--detached" in arguments)
+    @property
+    def settings(self) -> str:
+        """Its part of ``fleet.toml``."""
+
+    def source(self, route: str) -> str:
+        """Return where a route's requests are taken from, as ``routes.toml`` says it."""
+
+    def results(self, route: str) -> str:
+        """Return where a route's outcomes go, as ``routes.toml`` says it."""
+
+    def declare(self, fleet_toml: Path) -> None:
+        """Make everything that the routes need, as ``inferfleet topics plan`` names it; workers never do."""
+
+    def wires(self, routes: Sequence[str], tally: Tally) -> Wires:
+        """Connect the demo's own client for these routes."""
+
+    def takeover(self, victim: str) -> str:
+        """Say how the others come to what a killed worker held."""
+
+    def looks(self) -> list[str]:
+        """Return command lines that show outcomes of the route ``digits``."""
+
+    def asks(self, body: str) -> list[str]:
+        """Return command lines that send ``body``, JSON without a single quote, to the route ``digits``."""

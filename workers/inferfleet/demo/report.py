@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from inferfleet.demo import digits, files, sentences
+from inferfleet.demo.broker import Broker
 from inferfleet.demo.screen import VersionLine, sum_table, version_table
 from inferfleet.demo.stage import Batches, Stage
 from inferfleet.demo.tally import Tally
@@ -58,9 +59,9 @@ _WHAT = {
 }
 
 
-def tables(findings: Findings) -> list[Table]:
+def tables(findings: Findings, broker: Broker) -> list[Table]:
     """Return what to draw at the end: the versions, and the sums."""
-    return [version_table(_version_lines(findings)), sum_table(_sums(findings))]
+    return [version_table(_version_lines(findings)), sum_table(_sums(findings, broker))]
 
 
 def _version_lines(findings: Findings) -> list[VersionLine]:
@@ -76,23 +77,20 @@ def _version_lines(findings: Findings) -> list[VersionLine]:
     return lines
 
 
-def _sums(findings: Findings) -> list[tuple[str, str]]:
+def _sums(findings: Findings, broker: Broker) -> list[tuple[str, str]]:
     tally, killing = findings.tally, findings.killing
     rows = [
         ("sent", str(tally.sent)),
         ("answered", f"{tally.answered}, of these {tally.sent - findings.missing_in_redis} also in Redis"),
         ("lost", f"[bold {'red' if findings.lost else 'green'}]{findings.lost}[/]"),
-        ("answered twice", f"{tally.duplicates} (at least once: what a killed worker had not committed)"),
+        ("answered twice", f"{tally.duplicates} (at least once: what a killed worker had not settled)"),
         ("errors, wrong answers", f"{len(tally.errors)}, {len(tally.wrong)}"),
         (
             "killed",
             f"{killing.victim} by SIGKILL after {killing.answered} answers, with {killing.waiting} requests "
-            f"under way; {killing.successor} took its place",
+            f"under way; {killing.successor} took its place; {broker.takeover(killing.victim)}",
         ),
-        (
-            "slowest answer",
-            f"{tally.slowest_s:.1f} s: its partition waited until the group missed {killing.victim}",
-        ),
+        ("slowest answer", f"{tally.slowest_s:.1f} s"),
         ("throughput", _throughput(findings)),
         ("answers by worker", ", ".join(f"{name} {count}" for name, count in sorted(tally.workers.items()))),
     ]
@@ -107,7 +105,7 @@ def _throughput(findings: Findings) -> str:
     return f"{rate:,.0f} requests/s in the last burst ({findings.burst} at once, {findings.burst_s:.2f} s)"
 
 
-def hints(stage: Stage, kafka: str, redis_port: int, admins: Sequence[str], kept: bool) -> str:
+def hints(stage: Stage, broker: Broker, redis_port: int, admins: Sequence[str], kept: bool) -> str:
     """Return where to look: exact commands while it runs, how to have that otherwise."""
     if not kept:
         return (
@@ -116,17 +114,17 @@ def hints(stage: Stage, kafka: str, redis_port: int, admins: Sequence[str], kept
         )
     image = ",".join(str(int(pixel)) for pixel in digits.load_digits().images[0])
     tensor = f'{{"name":"image","datatype":"FP32","shape":[1,64],"data":[{image}]}}'
+    body = f'{{"id":"mine","inputs":[{tensor}]}}'
     return "\n".join(
         [
             "It goes on running. Where to look:",
             f"  redis-cli -p {redis_port} GET inferfleet:result:digits:digit-42",
-            f"  kcat -b {kafka} -t digits.results -C -e -o -3 -f '%h\\n%s\\n\\n'",
+            *(f"  {line}" for line in broker.looks()),
             f"  {_program()} --config {stage.fleet_toml} status"
             + "".join(f" --admin {each}" for each in admins),
             *(f"  curl -s http://{each}/metrics" for each in admins),
             "Ask it yourself, here with the picture of a zero:",
-            f'  echo \'{{"id":"mine","inputs":[{tensor}]}}\' |',
-            f"    kcat -b {kafka} -t digits.requests -P -k mine",
+            *(f"  {line}" for line in broker.asks(body)),
             f"  redis-cli -p {redis_port} GET inferfleet:result:digits:mine",
             f"Logs are in {stage.logs}/, process ids in {stage.record}.",
             f"To end it: {_command()} --stop",

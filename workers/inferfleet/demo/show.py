@@ -6,13 +6,13 @@ import time
 
 import redis
 
+from inferfleet.demo.broker import Broker, Wires
 from inferfleet.demo.processes import DemoError, Processes
 from inferfleet.demo.report import Findings, Killing
 from inferfleet.demo.screen import Gauge, Screen
 from inferfleet.demo.stage import FLEET, Batches, Stage, Worker, start_worker
 from inferfleet.demo.tally import Tally
 from inferfleet.demo.traffic import Load, Request
-from inferfleet.demo.wires import Wires
 
 _WAVES = 24
 _WAVE_S = 0.25
@@ -29,6 +29,7 @@ class Show:
         self,
         stage: Stage,
         processes: Processes,
+        broker: Broker,
         wires: Wires,
         tally: Tally,
         workers: list[Worker],
@@ -36,6 +37,7 @@ class Show:
     ) -> None:
         self._stage = stage
         self._processes = processes
+        self._broker = broker
         self._wires = wires
         self._tally = tally
         self._workers = workers
@@ -48,9 +50,8 @@ class Show:
         in_waves = int(len(requests) * _SHARE_IN_WAVES)
         with self._screen.gauge(len(requests)) as gauge:
             killing = self._waves(requests[:in_waves], gauge)
-            self._screen.say(
-                f"waiting for the answers that {killing.victim} owes; the group misses it after 6 s"
-            )
+            owed = self._broker.takeover(killing.victim)
+            self._screen.say(f"waiting for the answers that {killing.victim} owes: {owed}")
             self._wait_for_answers(gauge)
             self._screen.say("all answered; the rest at once")
             burst_s = self._burst(requests[in_waves:], gauge)
@@ -114,11 +115,11 @@ class Show:
             gauge.show(self._tally)
 
     def _wait_for_the_end(self, gauge: Gauge) -> None:
-        """Return when the group has committed every request and every outcome was read: no more can come."""
+        """Return when every request is settled and every outcome was read: no more can come."""
         give_up_at = time.monotonic() + _PATIENCE_S
-        while missing := self._wires.uncommitted() or self._wires.unread():
+        while missing := self._wires.unsettled() or self._wires.unread():
             if time.monotonic() > give_up_at:
-                self._screen.say(f"not all was committed and read: {', '.join(missing)}")
+                self._screen.say(f"not all was settled and read: {', '.join(missing)}")
                 return
             self._wires.collect(_LOOK_S)
             gauge.show(self._tally)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
 import time
 import urllib.error
@@ -15,6 +13,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferfleet.demo import digits, files, sentences
+from inferfleet.demo.broker import Broker
+from inferfleet.demo.command import command, environment
 from inferfleet.demo.processes import DemoError, Processes, Started
 from inferfleet.demo.servers import free_port
 from inferfleet.models.repository import Repository
@@ -29,10 +29,7 @@ SETTINGS = """\
 [fleet]
 name = "{fleet}"
 
-[kafka]
-bootstrap_servers = "{kafka}"
-session_timeout_ms = 6000
-{consumer}
+{broker}
 [redis]
 url = "redis://127.0.0.1:{redis}/0"
 
@@ -48,40 +45,32 @@ threads = 1
 admin_address = "127.0.0.1:0"   # any free one; each worker of the demo is given its own
 """
 
-EMBEDDED_CONSUMER = """
-[kafka.consumer]
-"fetch.wait.max.ms" = 10   # a fetch that waits at the embedded broker does not wake for new records
-"""
-
-ROUTES = """\
+ROUTE = """\
 [[route]]
-name = "digits"
-source = "kafka:digits.requests"
-results = ["kafka:digits.results", "redis"]
+name = "{name}"
+source = "{source}"
+results = ["{results}", "redis"]
+{answers}"""
+
+_DIGITS = """\
 model = "digits"
 variants = [
   { name = "stable", version = "1", weight = 50 },   # linear
   { name = "canary", version = "2", weight = 50 },   # a network with two hidden layers
 ]
-
-[[route]]
-name = "files"
-source = "kafka:files.requests"
-results = ["kafka:files.results", "redis"]
+"""
+_FILES = """\
 model = "magika"
 version = "1"
 max_batch_size = 8   # this network gains nothing from larger batches
 """
-
-SENTENCE_ROUTE = """
-[[route]]
-name = "sentences"
-source = "kafka:sentences.requests"
-results = ["kafka:sentences.results", "redis"]
+_SENTENCES = """\
 model = "minilm"
 version = "1"
 max_batch_size = 32
 """
+ANSWERS = {"digits": _DIGITS, "files": _FILES, sentences.ROUTE: _SENTENCES}
+"""Which model versions answer each route."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +100,6 @@ class Stage:
         """What the servers keep while they run."""
         return self.folder / "data"
 
-    @property
-    def topics(self) -> list[str]:
-        """Every topic that the routes need: requests, results, dead letters."""
-        return [
-            topic
-            for route in self.routes
-            for topic in (f"{route}.requests", f"{route}.results", f"{route}.requests.{GROUP}.dlt")
-        ]
-
     def clear(self) -> None:
         """Make the folder new; what an earlier demo left in it goes, what is no demo's is refused."""
         mark = self.folder / _MARK
@@ -132,21 +112,20 @@ class Stage:
         for folder in (self.folder / "models", self.logs, self.data):
             folder.mkdir()
 
-    def write_settings(self, bootstrap_servers: str, redis_port: int, embedded: bool) -> None:
+    def write_settings(self, broker: Broker, redis_port: int) -> None:
         """Write ``fleet.toml`` and ``routes.toml``."""
         trusted = f'"{sentences.MODEL}"' if sentences.ROUTE in self.routes else ""
         self.fleet_toml.write_text(
-            SETTINGS.format(
-                fleet=FLEET,
-                kafka=bootstrap_servers,
-                consumer=EMBEDDED_CONSUMER if embedded else "",
-                redis=redis_port,
-                trusted=trusted,
-            ),
+            SETTINGS.format(fleet=FLEET, broker=broker.settings, redis=redis_port, trusted=trusted),
             encoding="utf-8",
         )
-        text = ROUTES + (SENTENCE_ROUTE if sentences.ROUTE in self.routes else "")
-        (self.folder / "routes.toml").write_text(text, encoding="utf-8")
+        routes = [
+            ROUTE.format(
+                name=name, source=broker.source(name), results=broker.results(name), answers=ANSWERS[name]
+            )
+            for name in self.routes
+        ]
+        (self.folder / "routes.toml").write_text("\n".join(routes), encoding="utf-8")
 
     def add_digits(self, layers: dict[str, list[digits.Layer]]) -> None:
         """Put both versions of the digits classifier into the repository."""
@@ -201,10 +180,9 @@ class Batches:
 def start_worker(processes: Processes, stage: Stage, name: str) -> Worker:
     """Start ``inferfleet worker`` as a process of its own, with settings of nobody else's environment."""
     admin = f"127.0.0.1:{free_port()}"
-    env = {key: value for key, value in os.environ.items() if not key.startswith("INFERFLEET_")}
-    env |= {"INFERFLEET__WORKER__ID": name, "INFERFLEET__WORKER__ADMIN_ADDRESS": admin}
-    command = [sys.executable, "-m", "inferfleet.cli", "worker", "--config", str(stage.fleet_toml)]
-    return Worker(name, processes.start(name, command, stage.logs / f"{name}.log", rank=1, env=env), admin)
+    env = environment() | {"INFERFLEET__WORKER__ID": name, "INFERFLEET__WORKER__ADMIN_ADDRESS": admin}
+    words = command("worker", "--config", str(stage.fleet_toml))
+    return Worker(name, processes.start(name, words, stage.logs / f"{name}.log", rank=1, env=env), admin)
 
 
 def wait_until_ready(workers: list[Worker]) -> None:

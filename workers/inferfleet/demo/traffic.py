@@ -1,7 +1,7 @@
 """What is sent and what comes back: requests per route, answers decoded, and who judges them.
 
-Requests are plain Kafka records: nothing of inferfleet is needed to ask, only a body and, where the
-default does not fit, a header. Answers are read from the result topics as anybody would read them.
+Requests are plain messages of the broker: nothing of inferfleet is needed to ask, only a body and, where
+the default does not fit, a header. Answers are read from where they are published, as anybody would.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOLERANCE = 1e-4
 
 
 class Request(NamedTuple):
-    """One record of a request topic."""
+    """One message to a request topic or queue."""
 
     route: str
     id: str
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One record of a result topic, decoded; ``outputs`` are without the row dimension."""
+    """One message of a result topic or queue, decoded; ``outputs`` are without the row dimension."""
 
     route: str
     id: str
@@ -131,7 +131,7 @@ def v2_json(request_id: str, name: str, datatype: str, row: npt.NDArray[Any] | l
 
 
 def decode_answer(route: str, value: bytes, headers: Mapping[str, bytes]) -> Answer:
-    """Return an outcome as it stands in a result topic: JSON, or JSON and binary tensors behind it."""
+    """Return an outcome as it is published: JSON, or JSON and binary tensors behind it."""
     served = dict(
         part.partition("=")[::2] for part in headers.get("inferfleet-served", b"").decode().split(";")
     )

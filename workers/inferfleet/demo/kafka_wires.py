@@ -1,4 +1,4 @@
-"""The demo's own producer and consumer: sends requests, collects answers, and knows when work is over."""
+"""The demo's own producer and consumers on Kafka: send requests, collect answers, know when work is over."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _TIMEOUT_S = 10.0
 _TAKE = 500
 
 
-class Wires:
-    """Sends and collects on one thread, and writes both into the tally."""
+class KafkaWires:
+    """Implements :class:`~inferfleet.demo.broker.Wires` with a producer and consumers."""
 
     def __init__(self, bootstrap_servers: str, group: str, routes: Iterable[str], tally: Tally) -> None:
         # Lines of the client library do not belong between the lines of the demo; errors come as errors.
@@ -70,7 +70,7 @@ class Wires:
             if left <= 0:
                 return count
 
-    def uncommitted(self) -> list[str]:
+    def unsettled(self) -> list[str]:
         """Return where requests are not committed yet; if nowhere, nothing comes any more, nor again."""
         committed = self._progress.committed(self._requests, timeout=_TIMEOUT_S)
         return self._short_of_the_end(self._progress, committed)
