@@ -10,6 +10,7 @@ import numpy as np
 
 from inferfleet.datatypes import DATATYPES
 from inferfleet.records import (
+    Amqp,
     Answer,
     AnswerForm,
     Chunk,
@@ -27,6 +28,7 @@ from inferfleet.wire.decode import Decoded, Decoder
 from inferfleet.wire.request import Limits
 
 STREAM = Stream("digits.requests", 3)
+CHANNEL = Stream("rabbitmq:q", 1)
 NOW_MS = 1_700_000_000_000
 
 
@@ -67,6 +69,26 @@ def chunk(
         [timestamp_ms] * count,
         0.0,
     )
+
+
+def messages(
+    values: Sequence[bytes | None],
+    amqp: Sequence[Amqp] | None = None,
+    headers: Sequence[Headers] | None = None,
+    *,
+    first: int = 1,
+    stream: Stream = CHANNEL,
+    timestamp_ms: int = NOW_MS,
+) -> Chunk:
+    """Return a chunk of RabbitMQ messages; one without ids is called ``amqp-`` and where it stands."""
+    made = chunk(values, headers, first=first, stream=stream, timestamp_ms=timestamp_ms)
+    found = [Amqp()] * len(values) if amqp is None else list(amqp)
+    made.amqp = found
+    made.fallback_ids = [
+        each.message_id or each.correlation_id or f"amqp-{stream.partition}-{position}"
+        for each, position in zip(found, made.positions, strict=True)
+    ]
+    return made
 
 
 def v2(

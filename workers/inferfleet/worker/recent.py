@@ -15,11 +15,12 @@ from typing import NamedTuple
 from inferfleet.records import Chunk, Requests
 from inferfleet.wire.headers import GENERATED_ID
 from inferfleet.wire.stored import payload_hash
+from inferfleet.worker.deadletter import origin_of
 from inferfleet.worker.settling import Settling
 
 REMEMBERED = 16_384
 
-_Key = tuple[str, str, str, str | None, str | None]
+_Key = tuple[str, int, str, str, str | None, str | None]
 Record = tuple[Chunk, int]
 
 
@@ -50,6 +51,7 @@ class Recent:
             if key is None:
                 continue
             self._answered[key] = None
+            self._answered.move_to_end(key)
             sharing += self._running.pop(key, ())
         while len(self._answered) > self._limit:
             self._answered.popitem(last=False)
@@ -102,4 +104,6 @@ def _key(chunk: Chunk, row: int, request_id: str | None) -> _Key | None:
         return None
     amqp = chunk.amqp[row]
     digest = payload_hash(chunk.values[row] or b"")
-    return chunk.stream.source, request_id, digest, amqp.reply_to, amqp.correlation_id
+    # The attempt too: the next one comes by the same queue, and is settled by nothing but its own outcome.
+    attempt = origin_of(chunk, row).attempt
+    return chunk.stream.source, attempt, request_id, digest, amqp.reply_to, amqp.correlation_id
