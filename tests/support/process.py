@@ -32,8 +32,11 @@ class ServerError(RuntimeError):
     """A server did not start or stop as it should; the text says which, and shows the end of its log."""
 
 
+_given_ports: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Return ``count`` different loopback ports on which nobody listens.
+    """Return ``count`` different loopback ports on which nobody listens, none of them twice in a process.
 
     They lie below the range from which the system gives ports to outgoing connections, so that a server
     that is away for a restart finds its port free again.
@@ -41,6 +44,8 @@ def free_ports(count: int) -> list[int]:
     ports: list[int] = []
     with contextlib.ExitStack() as held:
         for port in random.SystemRandom().sample(range(20000, 32000), 2000):
+            if port in _given_ports:
+                continue
             candidate = held.enter_context(socket.socket())
             try:
                 candidate.bind(("127.0.0.1", port))
@@ -48,6 +53,7 @@ def free_ports(count: int) -> list[int]:
                 continue
             ports.append(port)
             if len(ports) == count:
+                _given_ports.update(ports)
                 return ports
     raise ServerError("no free loopback port between 20000 and 32000")
 
@@ -94,6 +100,11 @@ class ServerProcess:
     def running(self) -> bool:
         """Whether the process lives (a paused one does)."""
         return self._child is not None and self._child.poll() is None
+
+    @property
+    def paused(self) -> bool:
+        """Whether the process was frozen and not yet resumed."""
+        return self._paused
 
     def start(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
         """Start ``command``; it is not yet ready, see :meth:`wait_ready`."""

@@ -98,6 +98,11 @@ def rabbitmq_server() -> str:
     return found
 
 
+def rabbitmqctl() -> str:
+    """Return RabbitMQ's administration tool: the one beside the script that starts it."""
+    return str(Path(rabbitmq_server()).with_name("rabbitmqctl"))
+
+
 def epmd() -> str:
     """Return Erlang's port mapper, which every RabbitMQ node needs."""
     found = shutil.which("epmd")

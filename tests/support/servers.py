@@ -3,6 +3,7 @@
 from tests.support.kafka_server import ADMIN_USER, ClientConfig, KafkaServer
 from tests.support.process import ServerError, free_ports
 from tests.support.programs import MissingServerError
+from tests.support.rabbitmq_cluster import RabbitCluster
 from tests.support.rabbitmq_server import RabbitServer
 from tests.support.redis_server import RedisServer
 
@@ -11,6 +12,7 @@ __all__ = [
     "ClientConfig",
     "KafkaServer",
     "MissingServerError",
+    "RabbitCluster",
     "RabbitServer",
     "RedisServer",
     "ServerError",
