@@ -13,14 +13,19 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
-from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
-from aiormq.exceptions import ChannelAccessRefused
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from inferfleet.cli.rabbit_topology import QUORUM, Binding, Exchange, Queue, RabbitPlan
 from inferfleet.cli.topology import DEFAULT_EXCHANGE, Need
 from inferfleet.config import Config
 from inferfleet.errors import BrokerError
-from inferfleet.rabbitmq_access import amqp_failure, amqp_place, open_amqp
+from inferfleet.rabbitmq_access import (
+    AMQP_FAILURES,
+    amqp_failure,
+    amqp_place,
+    open_amqp,
+    refuses_for_good,
+)
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractConnection
@@ -90,8 +95,8 @@ class RabbitCluster:
     ) -> RabbitCluster:
         """Connect; raise BrokerError with the mend.
 
-        A broker that does not answer is tried again for ``patience_s``, and ``waiting`` is told once; a
-        refused login is not.
+        A broker that does not answer is tried again for ``patience_s``, and ``waiting`` is told once; one
+        that refuses us is not.
         """
         until = time.monotonic() + patience_s
         told = False
@@ -100,7 +105,7 @@ class RabbitCluster:
                 self._runner = self._runner or asyncio.Runner()
                 self._connection = self._runner.run(open_amqp(self._place, self._name))
             except BrokerError as error:
-                if "does not answer" not in str(error) or time.monotonic() >= until:
+                if refuses_for_good(error) or time.monotonic() >= until:
                     self.close()
                     raise
                 if not told:
@@ -116,7 +121,7 @@ class RabbitCluster:
         connection, self._connection = self._connection, None
         if runner is None:
             return
-        with contextlib.suppress(AMQPError, OSError, TimeoutError):
+        with contextlib.suppress(*AMQP_FAILURES):
             if connection is not None:
                 runner.run(asyncio.wait_for(connection.close(), 2.0))
         runner.close()
@@ -269,7 +274,7 @@ class RabbitCluster:
             raise BrokerError(f"RabbitMQ {self.address} is not connected")
         try:
             return self._runner.run(self._asked(self._connection, question))
-        except (AMQPError, OSError, TimeoutError) as error:
+        except AMQP_FAILURES as error:
             if failed and isinstance(error, ChannelAccessRefused):
                 raise BrokerError(
                     f"{failed}: {_said(error)}; whoever declares needs the right to configure it"
