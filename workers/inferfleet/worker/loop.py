@@ -156,7 +156,7 @@ class WorkerLoop:
         self._delivery.retry_parked(self._clock.monotonic())
         self._listen(0.0)
         for part in self._brakes.released():
-            self._reading.again(self._served(part)[0], part)
+            self._reading.again(self._plans.get(part.chunk.stream.source), part)
         self.engines.run(flush=flush or self._draining)
 
     def _listen(self, wait_s: float) -> None:
@@ -286,7 +286,7 @@ class WorkerLoop:
 
     def _settled(self, settling: Settling) -> None:
         chunk = settling.chunk
-        if chunk.amqp is not None:
+        if chunk.amqp is not None and chunk.wanted:  # else a refusal has settled what nobody was told
             for sharing, row in self._reading.recent.settled(settling):
                 self._reading.settle(sharing, [row])
         if not self._reading.settle(chunk, settling.rows) and not chunk.orphaned:
@@ -347,9 +347,9 @@ class WorkerLoop:
         dropped = self.engines.drop_dead() + self._brakes.drop_dead()
         orphans = 0
         for chunk in forgotten:
-            self._reading.release(chunk)
             if chunk.amqp is not None and not self._draining:
-                orphans += self._reading.orphan(self._plans.get(chunk.stream.source), chunk, dropped)
+                orphans += self._reading.orphan(chunk, dropped)
+            self._reading.release(chunk)
         log.info(
             "records_given_back",
             records=sum(chunk.open for chunk in forgotten),

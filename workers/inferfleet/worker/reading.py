@@ -37,7 +37,8 @@ class Reading:
         self._metrics = metrics
         self._clock = clock
         self.recent = Recent()
-        self._charged: dict[Chunk, tuple[str, int, int]] = {}
+        self._charged: dict[Chunk, tuple[RoutePlan, int, int]] = {}
+        """Of each open chunk: by which plan it was read, and what it counts in flight."""
 
     def read(self, plan: RoutePlan | None, chunk: Chunk) -> None:
         """Decode, steer and queue one chunk."""
@@ -54,7 +55,7 @@ class Reading:
         for part in decoded.requests:
             if part.row_counts is not None:
                 rows += part.total_rows - len(part)
-        self._charged[chunk] = (plan.name, rows, chunk.size_bytes)
+        self._charged[chunk] = (plan, rows, chunk.size_bytes)
         self._admission.took(plan.name, rows, chunk.size_bytes)
         for part in decoded.requests if chunk.amqp is None else self._to_run(plan, decoded.requests):
             for variant, piece in plan.steer(part):
@@ -63,10 +64,28 @@ class Reading:
             self._delivery.fail(plan, decoded.rejected)
         self._metrics.stage("read", self._clock.monotonic() - started)
 
-    def again(self, plan: RoutePlan, part: Requests) -> None:
-        """Queue requests that were held back, by the route as it is now."""
+    def again(self, plan: RoutePlan | None, part: Requests) -> None:
+        """Queue a request that was held back, by the route as it is now; without one it stays open."""
+        if plan is None:
+            return
+        if plan.variant_of(part.served) is None:
+            found = self._reread(plan, part)
+            if found is None:
+                return
+            part = found
         for variant, piece in plan.steer(part):
             self._batcher.add(variant.lane(piece), piece, self._clock.monotonic())
+
+    def _reread(self, plan: RoutePlan, part: Requests) -> Requests | None:
+        """Read a request by another plan: its version may be gone, and the new one may want other inputs."""
+        chunk, row = part.chunk, part.rows[0]
+        decoded = plan.decoder.decode(chunk.alone(row))
+        if decoded.rejected is not None:
+            self._delivery.fail(plan, decoded.rejected._replace(chunk=chunk, rows=[row]))
+            return None
+        (found,) = decoded.requests
+        found.chunk, found.rows = chunk, [row]
+        return found
 
     def _to_run(self, plan: RoutePlan, parts: Collection[Requests]) -> list[Requests]:
         """Return the requests of RabbitMQ messages that have to run, and end the others."""
@@ -116,13 +135,18 @@ class Reading:
         """Charge a chunk to nobody any longer."""
         charge = self._charged.pop(chunk, None)
         if charge is not None:
-            self._admission.freed(*charge)
+            plan, rows, size_bytes = charge
+            self._admission.freed(plan.name, rows, size_bytes)
 
-    def orphan(self, plan: RoutePlan | None, chunk: Chunk, dropped: Collection[Requests]) -> int:
-        """A RabbitMQ channel is gone: remember which records of it still run here. Return how many."""
-        if plan is None:
+    def orphan(self, chunk: Chunk, dropped: Collection[Requests]) -> int:
+        """A RabbitMQ channel is gone: remember which records of it still run here. Return how many.
+
+        To be told before the chunk is released.
+        """
+        if chunk not in self._charged:
             return 0
-        decoded = plan.decoder.decode(chunk)
+        # By the plan that it was read by: another one might find other ids, and nobody would meet them again.
+        decoded = self._charged[chunk][0].decoder.decode(chunk)
         ids: dict[int, str | None] = {}
         for part in decoded.requests:
             ids.update(zip(part.rows, part.ids, strict=True))
