@@ -176,9 +176,9 @@ def publishes_twice(patch: pytest.MonkeyPatch) -> None:
     """Answers are published two times."""
     right = Delivery._publish_answers
 
-    def twice(self: Delivery, *given: Any) -> None:
+    def twice(self: Delivery, *given: Any) -> Any:
         right(self, *given)
-        right(self, *given)
+        return right(self, *given)
 
     patch.setattr(Delivery, "_publish_answers", twice)
 

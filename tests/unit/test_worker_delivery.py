@@ -66,7 +66,8 @@ class Bench:
 
     def answer(self, part: Requests, outputs: Any = None) -> None:
         array = np.zeros((part.total_rows, 2), np.float32) if outputs is None else np.asarray(outputs)
-        self.delivery.answer(self.plan, self.plan.variants[0], Answer(part, {"y": array}))
+        failed = self.delivery.answer(self.plan, self.plan.variants[0], Answer(part, {"y": array}))
+        self.delivery.row_failures(self.plan, failed)
 
     def finish(self) -> None:
         """Let every outlet confirm all it has, until nothing is left."""

@@ -36,19 +36,21 @@ class Brakes:
         self._board.watch(sorted(names))
 
     def answered(self, route: str, count: int) -> None:
-        """``count`` first attempts of a route succeeded."""
+        """Of a batch without failures, ``count`` first attempts succeeded."""
         self._brake(route).observe_ok(count)
 
-    def passed(self, route: str, failures: Sequence[RowFailure]) -> Sequence[RowFailure]:
-        """Count failures; return those that end now: while a route is paused, its model's do not."""
+    def passed(self, route: str, failures: Sequence[RowFailure], answered: int) -> Sequence[RowFailure]:
+        """Count what a batch became; return the failures that end now: a paused route's model's do not.
+
+        ``answered`` first attempts of the same batch succeeded: beside them, none failed in a row.
+        """
         counted = [failure for failure in failures if RULES[failure.code].brake]
         first = [f for f in counted if origin_of(f.part.chunk, f.part.rows[0]).attempt == 1]
-        if first:
-            brake = self._brake(route)
-            brake.observe_failures([f.part.ids[0] for f in first], [f.code for f in first])
-            if brake.tripped is not None and route not in self._board.current():
-                log.error("brake_tripped", route=route, reason=brake.tripped)
-                self._board.pause(route, brake.tripped)
+        brake = self._brake(route)
+        brake.observe_batch(answered, [f.part.ids[0] for f in first], [f.code for f in first])
+        if first and brake.tripped is not None and route not in self._board.current():
+            log.error("brake_tripped", route=route, reason=brake.tripped)
+            self._board.pause(route, brake.tripped)
         if not counted or route not in self._board.current():
             return failures
         kept = [failure.part for failure in counted if failure.part.chunk.live]
@@ -62,10 +64,12 @@ class Brakes:
     def released(self) -> list[Requests]:
         """Look at the pauses; return what was held back by routes that were resumed since."""
         current = self._board.current()
-        if current == self._paused:
+        # Also what was paused and resumed between two looks.
+        resumed = (self._paused.keys() | self._withheld.keys()) - current.keys()
+        if not resumed and current == self._paused:
             return []
         again: list[Requests] = []
-        for route in self._paused.keys() - current.keys():
+        for route in resumed:
             self._brake(route).reset()
             again += [part for part in self._withheld.pop(route, ()) if part.chunk.live]
         self._paused = dict(current)

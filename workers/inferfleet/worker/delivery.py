@@ -57,23 +57,24 @@ class Delivery:
 
     # Answers
 
-    def answer(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
-        """Publish the answers of one part; requests that are late or not finite get errors instead."""
+    def answer(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> list[RowFailure]:
+        """Publish the answers of one part; what came too late gets its error instead.
+
+        Returns the requests whose answers are not finite or cannot be written: they failed like those that
+        a model raises on, and are to be ended with them.
+        """
         part = answer.part
         if not part.chunk.wanted:
-            return
+            return []
         wrong = self._unfit(plan, variant, answer)
-        if wrong:
-            late = [index for index, (code, _) in wrong.items() if code is Code.DEADLINE]
-            if late:
-                self.fail(plan, failures_of(part, late, [wrong[index] for index in late]))
-            failed = [RowFailure(part.pick([i]), *wrong[i]) for i in wrong if i not in late]
-            self.row_failures(plan, failed)
-            kept = [index for index in range(len(part)) if index not in wrong]
-            if not kept:
-                return
-            answer = _pick(answer, kept)
-        self._publish_answers(plan, variant, answer)
+        if not wrong:
+            return self._publish_answers(plan, variant, answer)
+        late = [index for index, (code, _) in wrong.items() if code is Code.DEADLINE]
+        if late:
+            self.fail(plan, failures_of(part, late, [wrong[index] for index in late]))
+        failed = [RowFailure(part.pick([i]), *wrong[i]) for i in wrong if i not in late]
+        kept = [index for index in range(len(part)) if index not in wrong]
+        return failed + (self._publish_answers(plan, variant, _pick(answer, kept)) if kept else [])
 
     def _unfit(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> dict[int, tuple[Code, str]]:
         """Return the requests of a part whose answers may not be given, by index, ascending."""
@@ -92,16 +93,15 @@ class Delivery:
                     wrong[index] = (Code.DEADLINE, "the deadline passed while the model ran")
         return dict(sorted(wrong.items()))
 
-    def _publish_answers(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
+    def _publish_answers(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> list[RowFailure]:
+        """Publish answers; return the requests whose answers cannot be written."""
         part = answer.part
         try:
             bodies, lengths, stored = self._written(plan, variant, answer)
         except Exception as error:
-            self._answer_singly(plan, variant, answer, error)
-            return
+            return self._answer_singly(plan, variant, answer, error)
         if max(map(len, bodies)) > self._max_result_bytes:
-            self._split_oversize(plan, variant, answer, bodies)
-            return
+            return self._split_oversize(plan, variant, answer, bodies)
         outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
         settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids)
         if plan.destinations or plan.reply:
@@ -110,6 +110,7 @@ class Delivery:
         if stored is not None:
             self._to.store(settling, part.rows, part.ids, stored, [True] * len(part), part.replies)
         settling.close()
+        return []
 
     def _written(
         self, plan: RoutePlan, variant: VariantPlan, answer: Answer
@@ -124,33 +125,33 @@ class Delivery:
             return bodies, lengths, None
         return bodies, lengths, bodies if lengths is None else variant.writer.json_bodies(answer)
 
-    def _answer_singly(self, plan: RoutePlan, variant: VariantPlan, answer: Answer, error: Exception) -> None:
+    def _answer_singly(
+        self, plan: RoutePlan, variant: VariantPlan, answer: Answer, error: Exception
+    ) -> list[RowFailure]:
         """An answer could not be written, which is a fault of ours: keep it from its neighbours."""
         part = answer.part
         if len(part) > 1:
-            for index in range(len(part)):
-                self._publish_answers(plan, variant, _pick(answer, [index]))
-            return
+            singles = [_pick(answer, [index]) for index in range(len(part))]
+            return [each for single in singles for each in self._publish_answers(plan, variant, single)]
         log.error("answer_not_written", route=plan.name, error=type(error).__name__, exc_info=error)
         text = f"inferfleet could not write the answer ({type(error).__name__})"
-        self.row_failures(plan, [RowFailure(part, Code.INTERNAL, text)])
+        return [RowFailure(part, Code.INTERNAL, text)]
 
     def _split_oversize(
         self, plan: RoutePlan, variant: VariantPlan, answer: Answer, bodies: list[bytes]
-    ) -> None:
+    ) -> list[RowFailure]:
         limit = self._max_result_bytes
         large = [index for index, body in enumerate(bodies) if len(body) > limit]
         verdict = (Code.RESULT_TOO_LARGE, f"the answer is larger than {limit} bytes")
         self.fail(plan, failures_of(answer.part, large, [verdict] * len(large)))
         kept = [index for index, body in enumerate(bodies) if len(body) <= limit]
-        if kept:
-            self._publish_answers(plan, variant, _pick(answer, kept))
+        return self._publish_answers(plan, variant, _pick(answer, kept)) if kept else []
 
     # Errors
 
-    def row_failures(self, plan: RoutePlan, failures: Sequence[RowFailure]) -> None:
-        """End the requests that the model failed alone."""
-        self._failing.rows(plan, failures)
+    def row_failures(self, plan: RoutePlan, failures: Sequence[RowFailure], answered: int = 0) -> None:
+        """End the requests of a batch that failed alone; ``answered`` first attempts of it did not."""
+        self._failing.rows(plan, failures, answered)
 
     def expired(self, plan: RoutePlan, part: Requests) -> None:
         """Publish ``E_DEADLINE`` for requests whose deadline passed before they ran."""

@@ -45,10 +45,13 @@ class Failing:
         self._clock = clock
         self._dead_letter_also = dead_letter_also
 
-    def rows(self, plan: RoutePlan, failures: Sequence[RowFailure]) -> None:
-        """End requests that a model, or the writing of its answer, failed alone."""
+    def rows(self, plan: RoutePlan, failures: Sequence[RowFailure], answered: int = 0) -> None:
+        """End requests of a batch that a model, or the writing of its answer, failed alone.
+
+        ``answered`` first attempts of the same batch succeeded.
+        """
         live = [failure for failure in failures if failure.part.chunk.wanted]
-        for failure in self._brakes.passed(plan.name, live):
+        for failure in self._brakes.passed(plan.name, live, answered):
             part = failure.part
             deadlines = [None if part.deadlines_ms is None else part.deadlines_ms[0]]
             found = failures_of(part, [0], [(failure.code, failure.text)])

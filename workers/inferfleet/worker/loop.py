@@ -179,27 +179,35 @@ class WorkerLoop:
             self.batcher.limit(lane.model, lane.version, result.lane_limit)
         self._metrics.batch(lane.model, lane.version, lane.role, result.batch.rows, result.seconds)
         started = self._clock.monotonic()
+        failures = list(result.failures)
+        answered: dict[str, int] = {}
         for answer in result.answers:
             plan, variant = self._served(answer.part)
+            failed = self._delivery.answer(plan, variant, answer)
+            failures += failed
             if answer.part.chunk.origins is None:
-                self._brakes.answered(plan.name, len(answer.part))
-            self._delivery.answer(plan, variant, answer)
-        if result.failures:
-            self._failed(result.failures)
+                answered[plan.name] = answered.get(plan.name, 0) + len(answer.part) - len(failed)
+        if failures:
+            self._failed(failures, answered)
+        for name, count in answered.items():
+            self._brakes.answered(name, count)
         self._metrics.stage("predict", result.seconds)
         self._metrics.stage("write", self._clock.monotonic() - started)
         # Between batches, so that the client's reports do not pile up behind a long queue of news.
         self._outlet.poll()
         self.engines.run()
 
-    def _failed(self, failures: list[RowFailure]) -> None:
-        """End failed requests, all of a route at once: its brake counts them before any is moved."""
+    def _failed(self, failures: list[RowFailure], answered: dict[str, int]) -> None:
+        """End failed requests, all of a route at once: its brake counts them before any is moved.
+
+        Takes out of ``answered`` what it has counted with them.
+        """
         by_route: dict[str, tuple[RoutePlan, list[RowFailure]]] = {}
         for failure in failures:
             plan = self._served(failure.part)[0]
             by_route.setdefault(plan.name, (plan, []))[1].append(failure)
         for plan, failed in by_route.values():
-            self._delivery.row_failures(plan, failed)
+            self._delivery.row_failures(plan, failed, answered.pop(plan.name, 0))
 
     def _expired(self, part: Requests) -> None:
         self._delivery.expired(self._served(part)[0], part)
