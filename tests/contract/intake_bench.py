@@ -19,6 +19,8 @@ from tests.support.waiting import wait_until
 
 PATIENCE_S = 30.0
 PLENTY = 1 << 30
+Place = tuple[str, int]
+"""Where records stand in an order of their own: a topic's partition, or a queue, whose number is 0."""
 
 
 class Sent(NamedTuple):
@@ -95,7 +97,12 @@ class Reader:
 
 
 class Bench(ABC):
-    """A broker with ways to feed it and to look into it."""
+    """A broker with ways to feed it and to look into it.
+
+    ``first_position`` is the position of the first record that a member takes from a place.
+    """
+
+    first_position = 0
 
     def __init__(self) -> None:
         self.group = f"group.{secrets.token_hex(4)}"
@@ -114,10 +121,49 @@ class Bench(ABC):
     def intake(self, start: str) -> Any: ...
 
     @abstractmethod
-    def stall(self, reader: Reader) -> None: ...
+    def stall(self, reader: Reader) -> None:
+        """Let the broker take the reader's streams away without asking it."""
 
     @abstractmethod
     def committed(self, topic: str, partition: int = 0) -> int | None: ...
+
+    def bring_back(self, reader: Reader, other: Reader) -> None:
+        """Let something that the reader had come back to it; it went when ``other`` joined."""
+        other.close()
+
+    def places(self, count: int) -> list[Place]:
+        """Make places that one member may have all of, or several some each."""
+        topic = self.topic(count)
+        return [(topic, number) for number in range(count)]
+
+    def place_of(self, stream: Stream) -> Place:
+        """Return the place that a member reads by this stream."""
+        return (stream.source, stream.partition)
+
+    def kept(self, sent: Sent) -> Sent:
+        """Return a record as this broker hands it out."""
+        return sent
+
+    def settled(self, topic: str, partition: int = 0) -> int:
+        """Return how many records of a place nobody will take again."""
+        return self.committed(topic, partition) or 0
+
+    def owned(self, reader: Reader) -> set[Place]:
+        """Return the places that the reader has."""
+        return {self.place_of(stream) for stream in reader.owned}
+
+    def taken(self, reader: Reader) -> dict[Place, list[int]]:
+        """Return what the reader has taken of each place, counted from 0."""
+        found: dict[Place, list[int]] = {}
+        for chunk in reader.chunks:
+            rows = [position - self.first_position for position in chunk.positions]
+            found.setdefault(self.place_of(chunk.stream), []).extend(rows)
+        return found
+
+    def first(self, count: int, reader: Reader, topic: str, partition: int = 0) -> dict[Stream, int]:
+        """Return the position behind the first ``count`` records that the reader took of a place."""
+        (stream,) = [s for s in reader.owned if self.place_of(s) == (topic, partition)]
+        return {stream: self.first_position + count}
 
     def join(self, *topics: str, start: str = "earliest") -> Reader:
         reader = Reader()
@@ -141,6 +187,9 @@ class Bench(ABC):
 
     def until_committed(self, topic: str, position: int, reader: Reader) -> None:
         self.until(lambda: self.committed(topic) == position, f"{position} is committed", reader)
+
+    def until_settled(self, topic: str, count: int, reader: Reader) -> None:
+        self.until(lambda: self.settled(topic) == count, f"{count} records are settled", reader)
 
     def close(self) -> None:
         for reader in self.readers:
@@ -222,7 +271,11 @@ class KafkaBench(Bench):
         return KafkaIntake(options)
 
     def stall(self, reader: Reader) -> None:
-        """Nothing to do: a reader that does not take for longer than ``max.poll.interval.ms`` is out."""
+        """A reader that does not take for longer than ``max.poll.interval.ms`` is out: let the others."""
+        others = [each for each in self.readers if each is not reader]
+        lost = set(reader.owned)
+        if others:
+            self.until(lambda: lost <= {s for o in others for s in o.owned}, "the others have all", *others)
 
     def committed(self, topic: str, partition: int = 0) -> int | None:
         asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(topic, partition)])
