@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.service
 
-DELAYS_MS = [300, 600]
+DELAYS_MS = [400, 1500]
 AWAY, NOT_YET, POISON, DEADLY = special(-666), special(-777), special(-999), special(-555)
 
 
@@ -167,11 +167,10 @@ def test_what_may_pass_later_passes_later(fleet: Fleet, side: Side) -> None:
         late = {"late-1": AWAY}
         side.send(late)
         wait_until(lambda: worker.metric("retries_total", route="moody") >= 1, 30, "it waits for an attempt")
+        (fleet.folder / "there").touch()
         others = rows("meanwhile", 40)
         side.send(others)
-        side.wait(others)
-        (fleet.folder / "there").touch()
-        side.wait(late)
+        side.wait({**others, **late})
         side.assert_answered({**others, **late})
         assert not side.letters
         wait_until(lambda: side.left() == 0, 30, "nothing is left", every_s=0.3)
@@ -246,7 +245,7 @@ def test_a_request_that_ends_the_process_is_found(fleet: Fleet, side: Side) -> N
 
     wait_until(supervised, 120, "every request has an outcome", every_s=0.1)
     assert side.code("deadly-1") == "E_MODEL"
-    assert crashes == 3
+    assert crashes == 4
     for name, row in good.items():
         for code, body in side.outcomes[name]:
             assert code == ""

@@ -132,14 +132,14 @@ _WORLDS = st.integers(1, 400).flatmap(
 
 
 @given(_WORLDS)
-def test_a_request_that_kills_costs_two_marked_crashes_and_one_unmarked(
+def test_a_request_that_kills_costs_three_marked_crashes_and_one_unmarked(
     world: tuple[int, set[int], int],
 ) -> None:
     """In a crash loop exactly the poison is condemned, all others are answered, and the loop is short."""
     count, poison, seed = world
     made = World(count, poison, random.Random(seed))
     while not made.live():
-        assert made.marked_crashes <= 2 * len(poison)
+        assert made.marked_crashes <= CONDEMNED_AT * len(poison)
         assert made.unmarked_crashes <= len(poison)
     assert made.condemned == poison
     assert made.committed == count
@@ -153,7 +153,7 @@ def test_a_stop_from_outside_condemns_nobody(world: tuple[int, set[int], int], s
     lives = 1
     while not made.live():
         lives += 1
-        assert lives <= 3 * len(poison) + stops + 1
+        assert lives <= (CONDEMNED_AT + 1) * len(poison) + stops + 1
     assert made.condemned == poison
     assert made.committed == count
 
@@ -169,25 +169,25 @@ def test_a_clean_start_writes_no_mark() -> None:
 
 def test_the_mark_says_what_counts_if_the_process_dies_now() -> None:
     """Requests in flight count one more; suspects that wait keep their crash, and so does the condemned."""
-    quarantine = Quarantine(True, {"s": 1, "t": 1, "c": 2})
+    quarantine = Quarantine(True, {"s": 1, "t": 1, "c": 3})
     assert quarantine.sort(["x", "s", "c", "y", "t"]) == ([2], [1, 4], [0, 3])
-    assert quarantine.began("first", ["x", "y"]) == {"s": 1, "t": 1, "c": 2, "x": 1, "y": 1}
-    assert quarantine.began("second", ["z"]) == {"s": 1, "t": 1, "c": 2, "x": 1, "y": 1, "z": 1}
-    assert quarantine.ended("first") == {"s": 1, "t": 1, "c": 2, "z": 1}
-    assert quarantine.ended("second") == {"s": 1, "t": 1, "c": 2}
-    assert quarantine.began("third", ["s"]) == {"s": 2, "t": 1, "c": 2}
-    assert quarantine.ended("third") == {"t": 1, "c": 2}
-    assert quarantine.began("fourth", ["v", "w"]) == {"t": 1, "c": 2, "v": 1, "w": 1}
+    assert quarantine.began("first", ["x", "y"]) == {"s": 1, "t": 1, "c": 3, "x": 1, "y": 1}
+    assert quarantine.began("second", ["z"]) == {"s": 1, "t": 1, "c": 3, "x": 1, "y": 1, "z": 1}
+    assert quarantine.ended("first") == {"s": 1, "t": 1, "c": 3, "z": 1}
+    assert quarantine.ended("second") == {"s": 1, "t": 1, "c": 3}
+    assert quarantine.began("third", ["s"]) == {"s": 2, "t": 1, "c": 3}
+    assert quarantine.ended("third") == {"t": 1, "c": 3}
+    assert quarantine.began("fourth", ["v", "w"]) == {"t": 1, "c": 3, "v": 1, "w": 1}
     assert repr(quarantine) == "Quarantine(active=True, suspects=1, condemned=1)"
 
 
 def test_the_next_life_goes_on_with_the_mark() -> None:
-    """A suspect that was in flight alone is condemned; one that waited is a suspect still."""
-    quarantine = Quarantine(True, {"s": 1, "t": 1})
+    """A suspect that was in flight alone twice is condemned; one that waited is a suspect still."""
+    quarantine = Quarantine(True, {"s": 2, "t": 1})
     mark = quarantine.began("alone", ["s"])
     assert mark is not None
     assert Quarantine(True, mark).sort(["t", "s"]) == ([1], [0], [])
-    assert CONDEMNED_AT == 2
+    assert CONDEMNED_AT == 3
 
 
 def test_careful_mode_ends_after_enough_clean_batches() -> None:
@@ -241,7 +241,7 @@ def test_the_condemned_stay_in_the_mark() -> None:
 
 def test_the_condemned_are_bounded() -> None:
     """A mark that is never taken back by a clean end does not grow for ever; the newest are kept."""
-    quarantine = Quarantine(True, {f"{n}": 2 for n in range(CONDEMNED_KEPT + 5)})
+    quarantine = Quarantine(True, {f"{n}": CONDEMNED_AT for n in range(CONDEMNED_KEPT + 5)})
     assert quarantine.sort(["0", "4", "5", f"{CONDEMNED_KEPT}"]) == ([2, 3], [], [0, 1])
 
 

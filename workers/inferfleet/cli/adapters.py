@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from inferfleet.brokers.rabbitmq_link import RabbitLink
     from inferfleet.redis_access import Place
 
+_LITTLE_AT_ONCE = {
+    "queued.min.messages": 1_000,
+    "queued.max.messages.kbytes": 2_048,
+    "fetch.max.bytes": 1_048_576,
+    "max.partition.fetch.bytes": 1_048_576,
+}
+"""A retry topic is read again from what is not due, so that what was fetched beyond it was in vain."""
 MAX_PREFETCH = 65_535
 """The protocol's own bound."""
 
@@ -92,11 +99,14 @@ class Joining:
             from inferfleet.brokers.delayed import DelayedIntake
 
             # From the start: what was put there before this group first joined waits like all else.
-            delayed = DelayedIntake(self._kafka_intake(retry_group(config), "earliest"), clock)
+            inner = self._kafka_intake(retry_group(config), "earliest", _LITTLE_AT_ONCE)
+            delayed = DelayedIntake(inner, clock, longest_ms=2 * max(config.retry.delays_ms))
         rabbit = self._rabbit_intake(self._link) if self._link is not None and "rabbitmq" in takes else None
         return Sources(kafka, delayed, rabbit, retry_topics(config), clock)
 
-    def _kafka_intake(self, group: str, start: str | int | None = None) -> Intake:
+    def _kafka_intake(
+        self, group: str, start: str | int | None = None, defaults: Mapping[str, object] | None = None
+    ) -> Intake:
         from inferfleet.brokers.kafka_intake import KafkaIntake, KafkaIntakeOptions
 
         config = self._config
@@ -109,7 +119,7 @@ class Joining:
                 config.kafka.group_protocol,
                 config.kafka.session_timeout_ms,
                 config.worker_id if config.kafka.static_membership else None,
-                config.kafka.consumer,
+                {**(defaults or {}), **config.kafka.consumer},
             )
         )
 
@@ -184,7 +194,8 @@ class Joining:
             return None
         from inferfleet.redis_access import control_place_of
 
-        return replace(control_place_of(self._config), client_name=self._config.worker_id)
+        # Marks are written on the loop's thread, which must not be away for a session's time.
+        return replace(control_place_of(self._config), client_name=self._config.worker_id, timeout_s=1.0)
 
     def _pauses(self) -> PauseBoard:
         from inferfleet.control.pauses import LocalPauses, RedisPauses

@@ -7,11 +7,11 @@ dies now:
 * A request in flight counts one more than it had before; all others keep what they have.
 * One crash makes a *suspect*. It runs alone, with no other batch in flight anywhere, so that the next crash
   is its own or nobody's.
-* Two crashes *condemn* it: it is answered without running.
+* Three crashes, two of them alone, *condemn* it: it is answered without running. A stop from outside while a
+  suspect runs cannot be told from a crash, so one crash alone is not enough.
 
-So ``k`` requests that kill the process cost at most two marked crashes and one unmarked each, and none of
-their neighbours is condemned. A stop from outside while a suspect runs cannot be told from a crash: the
-caller keeps the time between its mark and its end short.
+So ``k`` requests that kill the process cost at most three marked crashes and one unmarked each, and none of
+their neighbours is condemned, unless somebody stops the process twice in the moments in which it runs.
 
 A *fingerprint* is the same whenever a request is delivered again, and another for every other request; a dead
 letter that somebody sends once more is another request.
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-CONDEMNED_AT = 2
+CONDEMNED_AT = 3
 CONDEMNED_KEPT = 1_000
 CLEAN_BATCHES = 200
 UNMET_PATIENCE = 10
@@ -48,13 +48,13 @@ class Quarantine:
         self, careful: bool, left_over: Mapping[str, int], clean_batches: int = CLEAN_BATCHES
     ) -> None:
         self._active = careful
-        self._suspects: set[str] = set()
+        self._suspects: dict[str, int] = {}
         self._condemned: dict[str, int] = {}
         self._in_flight: dict[Hashable, tuple[str, ...]] = {}
         self._clean_batches = clean_batches
         self._ended = 0
         if careful:
-            self._suspects = {name for name, crashes in left_over.items() if crashes < CONDEMNED_AT}
+            self._suspects = {name: n for name, n in left_over.items() if n < CONDEMNED_AT}
             condemned = [(name, crashes) for name, crashes in left_over.items() if crashes >= CONDEMNED_AT]
             self._condemned = dict(condemned[-CONDEMNED_KEPT:])
 
@@ -99,9 +99,9 @@ class Quarantine:
         if not self._active or fingerprints is None:
             return None
         self._ended += 1
-        if not self._suspects.isdisjoint(fingerprints):
-            self._suspects.difference_update(fingerprints)
-            self._ended = 0
+        for fingerprint in fingerprints:
+            if self._suspects.pop(fingerprint, None) is not None:
+                self._ended = 0
         if self._ended >= self._clean_batches * (UNMET_PATIENCE if self._suspects else 1):
             self._active = False
             self._suspects.clear()
@@ -109,8 +109,8 @@ class Quarantine:
         return self._mark()
 
     def _mark(self) -> dict[str, int]:
-        mark = {**self._condemned, **dict.fromkeys(self._suspects, 1)}
+        mark = {**self._condemned, **self._suspects}
         for fingerprints in self._in_flight.values():
             for fingerprint in fingerprints:
-                mark[fingerprint] = 2 if fingerprint in self._suspects else 1
+                mark[fingerprint] = self._suspects.get(fingerprint, 0) + 1
         return mark

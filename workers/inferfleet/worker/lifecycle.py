@@ -98,7 +98,7 @@ class Worker:
         self._refused_revision = ""
         self._refused_at = 0.0
         self._oldest_ms: int | None = None
-        brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
+        brakes = self._brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
         self._careful = Careful(adapters.marks)
         delivery = Delivery(
             adapters.outlet,
@@ -145,6 +145,8 @@ class Worker:
 
     def _start(self) -> None:
         table = self._to.read_routes()
+        # So that what is paused is known when the first record could be taken.
+        self._brakes.routes([route.name for route in table.of_pool(self._config.worker.pool)])
         self._want(table)
         while not self._stopping and not self._all_loaded(table):
             try:

@@ -33,7 +33,8 @@ def retry_headers(
     """
     origin = origin_of(chunk, row)
     original = chunk.headers[row] or []
-    named: list[Header] = [(ID, request_id.encode())] if _is_given(chunk, row, request_id) else []
+    given = _is_given(chunk, row, request_id)
+    named: list[Header] = [(ID, request_id.encode(errors="replace"))] if given else []
     return [
         *named,
         *original,
