@@ -18,7 +18,9 @@ from inferfleet.cli.topology import needs
 from inferfleet.errors import BrokerError
 from inferfleet.routes import load_routes
 from tests.support.fleet import Fleet
+from tests.support.fleet_traffic import row_of, v2_body
 from tests.support.servers import RabbitServer
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.service
 
@@ -156,12 +158,18 @@ def test_a_standing_exchange_gets_no_queue_that_nobody_reads(fleet: Fleet, rabbi
 
 
 def test_exactly_the_printed_rights_are_enough(limited: Fleet) -> None:
-    """A worker's user that may declare nothing passes doctor and the check at its start."""
+    """A worker's user that may declare nothing passes doctor, starts, answers, and buries what is bad."""
     lines = run(limited, "topics", "plan", "--format", "acls", "--principal", f"User:{WORKER}").stdout
     (mine,) = (line for line in lines.splitlines() if f" {WORKER} " in line)
     limited.rabbitmq.ctl(*shlex.split(mine)[1:])
     assert {verdict for verdict, _ in findings(limited, code=0).values()} == {"ok"}
     assert started(limited) == ""
+    with limited.running():
+        limited.rabbitmq.publish(limited.source("r"), v2_body([row_of(1)]), b"not json")
+        answers = limited.rabbitmq.take(limited.results("r"), 2)
+        (letter,) = limited.rabbitmq.take(limited.dead_letters("r"), 1)
+    assert {each.headers.get("inferfleet-code") for each in answers} == {None, "E_DECODE"}
+    assert letter.body == b"not json"
     said = run(limited, "topics", "plan", "--apply", code=1).stderr
     assert "whoever declares needs the right to configure it" in said
     assert said.count("\n") == 1
@@ -286,3 +294,23 @@ def test_a_frozen_broker_is_waited_for_within_a_bound(fleet: Fleet, rabbitmq: Ra
             rabbitmq.resume()
     assert len(told) == 1
     assert took < 6
+
+
+def test_a_route_is_paused_and_resumed_at_one_worker(fleet: Fleet, rabbitmq: RabbitServer) -> None:
+    """While it is paused another route is answered and it is not; status says why; resume lets it go on."""
+    fleet.route("other")
+    fleet.prepare()
+    with fleet.running() as worker:
+        run(fleet, "route", "pause", "r", "--admin", worker.address, "--reason", "model 7")
+        wait_until(lambda: "r" in worker.status()["paused"], 10, "the worker has paused the route")
+        for route in ("r", "other"):
+            rabbitmq.publish(fleet.source(route), v2_body([row_of(1)]), message_id=route)
+        rabbitmq.take(fleet.results("other"), 1)
+        shown = run(fleet, "status", "--admin", worker.address).stdout
+        unanswered = rabbitmq.depth(fleet.results("r"))
+        run(fleet, "route", "resume", "r", "--admin", worker.address)
+        (answer,) = rabbitmq.take(fleet.results("r"), 1)
+
+    assert unanswered == 0
+    assert "route r is paused: model 7" in shown
+    assert answer.headers["inferfleet-id"] == "r"
