@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inferfleet.addresses import plain
 from inferfleet.errors import Code
-from inferfleet.records import Chunk, Envelopes, Header, Origin
+from inferfleet.records import Amqp, Chunk, Envelopes, Header, Origin
 
 MAX_ERROR_BYTES = 1024
 MAX_KEPT_KEY_BYTES = 1024
@@ -56,14 +56,25 @@ def cut_letter(letter: Envelopes, index: int) -> Envelopes | None:
         return None
     cut = [*headers[-_OWN_HEADERS:], (CUT, b"body headers" if _fits(key) else b"body headers key")]
     nothing: list[bytes] = [None]  # type: ignore[list-item]  # a record may have no value
-    return Envelopes(letter.destination, [key if _fits(key) else None], nothing, [cut])
+    return Envelopes(letter.destination, [key if _fits(key) else None], nothing, [cut], _named(letter, index))
 
 
 def cut_outcome(outcome: Envelopes, index: int) -> Envelopes | None:
     """Return an outcome without its large key; ``None`` if the key is not what makes it large."""
     if _fits(outcome.keys[index]):
         return None
-    return Envelopes(outcome.destination, [None], [outcome.values[index]], [outcome.headers[index]])
+    return Envelopes(
+        outcome.destination,
+        [None],
+        [outcome.values[index]],
+        [outcome.headers[index]],
+        _named(outcome, index),
+    )
+
+
+def _named(envelopes: Envelopes, index: int) -> list[Amqp] | None:
+    """Return what names a RabbitMQ message and its caller, without the headers it had."""
+    return None if envelopes.amqp is None else [envelopes.amqp[index]._replace(table=None)]
 
 
 def _fits(key: bytes | None) -> bool:

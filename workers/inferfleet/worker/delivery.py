@@ -188,11 +188,8 @@ class Delivery:
                 dead_letters=first,
             )
             return
-        if destination in plan.retries:
-            text = "the request failed, and with its headers it is too large for another attempt"
-            error = _said(settling, envelopes, index, row, (Code.MODEL, text))
-            settling.outcomes = {("", "", Code.MODEL.value): 1}
-            self._failing.publish(settling, error, plan.destinations, store=plan.redis)
+        if settling.instead is not None:
+            self._failing.give_up(settling, settling.instead)
             return
         # An error that is refused as too large is cut, then parked: another error would be no smaller.
         is_letter = destination == plan.dead_letters

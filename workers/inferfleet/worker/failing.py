@@ -21,7 +21,7 @@ from inferfleet.worker.deadletter import dead_letter_headers, origin_of
 from inferfleet.worker.handover import HandOver, carried
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.retries import retry_headers
-from inferfleet.worker.settling import OutcomeListener, Settling
+from inferfleet.worker.settling import Outcome, OutcomeListener, Settling
 
 
 class Failing:
@@ -70,7 +70,10 @@ class Failing:
             return
         ended: list[int] = []
         for index, code in enumerate(failures.codes):
-            may_pass = RULES[code].retryable or (retryable is not None and retryable[index])
+            may_pass = RULES[code].retryable or (
+                # What a handler says of its own code's faults, never of a caller's.
+                code is Code.MODEL and retryable is not None and retryable[index]
+            )
             deadline = None if deadlines_ms is None else deadlines_ms[index]
             again = self._again(plan, failures, index, deadline) if may_pass else None
             if again is None:
@@ -109,15 +112,21 @@ class Failing:
             [again.delay_ms],
         )
         settling = Settling(self._listener, plan, chunk, [row], {}, [request_id])
+        settling.instead = _picked(failures, [index])
         self._to.publish(settling, envelopes, [row])
         self._metrics.retries(plan.name, 1)
         settling.close()
 
+    def give_up(self, settling: Settling, failures: Failures) -> None:
+        """End a request after all: the topic of its next attempt has no room for it."""
+        plan, settling.instead = settling.plan, None
+        settling.outcomes = _counted(plan, failures)
+        texts = [f"{text}; it is too large for another attempt" for text in failures.texts]
+        self.publish(settling, failures._replace(texts=texts), plan.destinations, store=plan.redis)
+
     def _end(self, plan: RoutePlan, failures: Failures) -> None:
-        variant = plan.variant_of(failures.served)
-        named = ("", "") if variant is None else (variant.variant.version, variant.variant.name)
-        outcomes = Counter((*named, code.value) for code in failures.codes)
-        settling = Settling(self._listener, plan, failures.chunk, failures.rows, dict(outcomes), failures.ids)
+        outcomes = _counted(plan, failures)
+        settling = Settling(self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids)
         self.publish(settling, failures, plan.destinations, store=plan.redis)
         settling.close()
 
@@ -200,6 +209,12 @@ def failures_of(part: Requests, indices: list[int], verdicts: Sequence[tuple[Cod
         [None if part.traces is None else part.traces[i] for i in indices],
         part.served,
     )
+
+
+def _counted(plan: RoutePlan, failures: Failures) -> dict[Outcome, int]:
+    variant = plan.variant_of(failures.served)
+    named = ("", "") if variant is None else (variant.variant.version, variant.variant.name)
+    return dict(Counter((*named, code.value) for code in failures.codes))
 
 
 def _picked(failures: Failures, indices: Sequence[int]) -> Failures:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from inferfleet.errors import Code
 from inferfleet.ports import Refusal
-from inferfleet.records import Chunk, Envelopes, Results
+from inferfleet.records import Chunk, Envelopes, Failures, Results
 from inferfleet.worker.plan import RoutePlan
 
 Outcome = tuple[str, str, str]
@@ -31,10 +31,10 @@ class Settling:
     """Records of one chunk whose outcomes are on their way; ``open`` counts receipts that are out.
 
     ``ids`` are the requests' own (``None`` where one could not be read); without ``outcomes`` the records go
-    on to another attempt, which is no outcome yet.
+    on to another attempt, which is no outcome yet. ``instead`` is how they end if that cannot be published.
     """
 
-    __slots__ = ("chunk", "delivery", "ids", "open", "outcomes", "plan", "replaced", "rows")
+    __slots__ = ("chunk", "delivery", "ids", "instead", "open", "outcomes", "plan", "replaced", "rows")
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Settling:
         self.rows = rows
         self.outcomes = outcomes
         self.ids = ids
+        self.instead: Failures | None = None
         self.replaced: set[int] = set()
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share
 
