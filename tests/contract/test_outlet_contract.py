@@ -1,4 +1,4 @@
-"""One suite for every outlet: the memory broker and a real Kafka confirm or refuse each envelope once."""
+"""One suite for every outlet: memory broker, Kafka and RabbitMQ confirm or refuse each envelope once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from inferfleet.brokers.kafka_outlet import KafkaOutlet, producer_properties
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_outlet import MemoryOutlet
+from inferfleet.brokers.rabbitmq_outlet import RabbitOutlet
 from inferfleet.ports import Outlet, Refusal, RefusalKind
 from inferfleet.records import Envelopes, Header, Stream
 from inferfleet.testing.clock import FakeClock
+from tests.contract.rabbitmq_bench import KEY, as_bytes, last_of_each, new_link, new_queue, read_all
 from tests.support.kafka_server import KafkaServer
+from tests.support.rabbitmq_server import RabbitServer
 from tests.support.waiting import wait_until
 
 PATIENCE_S = 30.0
@@ -70,7 +73,14 @@ def envelopes(topic: str, rows: Sequence[Row]) -> Envelopes:
 
 
 class Bench(ABC):
-    """A broker, and a way to read back what it holds."""
+    """A broker, and a way to read back what it holds.
+
+    ``missing`` is a destination that nobody has made. Headers with a value of ``too_wide`` bytes are more
+    than a message may have there.
+    """
+
+    missing = "nobody.made.this"
+    too_wide = 5000
 
     def __init__(self) -> None:
         self.outlet = self.make()
@@ -83,6 +93,10 @@ class Bench(ABC):
 
     @abstractmethod
     def read(self, topic: str) -> list[list[Row]]: ...
+
+    def kept(self, row: Row) -> Row:
+        """Return a record as it is read back."""
+        return row
 
     def publish(self, topic: str, rows: Sequence[Row]) -> Receipts:
         """Publish and wait until every row is told."""
@@ -104,6 +118,9 @@ class Bench(ABC):
 
     def held(self, topic: str) -> list[Row]:
         return [row for rows in self.read(topic) for row in rows]
+
+    def close(self) -> None:
+        self.outlet.close(5.0)
 
 
 class MemoryBench(Bench):
@@ -170,15 +187,68 @@ class KafkaBench(Bench):
         return found
 
 
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.service)])
+class RabbitBench(Bench):
+    """A real node; a destination is a queue of its own."""
+
+    missing = "rabbitmq:nobody.made.this/key"
+    too_wide = 150_000  # headers must fit into one frame
+
+    def __init__(self, server: RabbitServer) -> None:
+        self.server = server
+        self.link = new_link(server)
+        self._read: dict[str, list[Any]] = {}
+        super().__init__()
+
+    def make(self, **properties: Any) -> Outlet:
+        return RabbitOutlet(self.link, max_message_bytes=CLIENT_LIMIT)
+
+    def topic(self, partitions: int = 1, max_bytes: int | None = None) -> str:
+        return new_queue(self.server)
+
+    def kept(self, row: Row) -> Row:
+        return Row(row.value or b"", row.key, tuple(sorted(last_of_each(row.headers))))
+
+    def read(self, topic: str) -> list[list[Row]]:
+        seen = read_all(self.server, topic, self._read.setdefault(topic, []))
+        rows = []
+        for _, properties, body in seen:
+            table = dict(properties.headers or {})
+            table.pop("x-delivery-count", None)  # the node's own
+            key = as_bytes(table.pop(KEY, None))
+            headers = sorted((name, as_bytes(value)) for name, value in table.items())
+            rows.append(Row(body, key, tuple(headers)))
+        return [rows]
+
+    def close(self) -> None:
+        super().close()
+        self.link.close()
+
+
+EVERY = ["memory", pytest.param("kafka", marks=pytest.mark.service)]
+
+
+@pytest.fixture(params=[*EVERY, pytest.param("rabbitmq", marks=pytest.mark.service)])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Every outlet in turn."""
-    if request.param == "memory":
-        made: Bench = MemoryBench()
-    else:
-        made = KafkaBench(request.getfixturevalue("kafka"))
+    made = new_bench(request)
     yield made
-    made.outlet.close(5.0)
+    made.close()
+
+
+@pytest.fixture(params=EVERY)
+def topical(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Every outlet to topics with limits of their own: RabbitMQ has one limit, the node's."""
+    made = new_bench(request)
+    yield made
+    made.close()
+
+
+def new_bench(request: pytest.FixtureRequest) -> Bench:
+    if request.param == "memory":
+        return MemoryBench()
+    if request.param == "rabbitmq":
+        return RabbitBench(request.getfixturevalue("rabbitmq"))
+    return KafkaBench(request.getfixturevalue("kafka"))
 
 
 @pytest.fixture
@@ -215,7 +285,7 @@ def test_pending_counts_what_is_neither_confirmed_nor_refused(bench: Bench) -> N
 
 
 def test_keys_values_and_headers_arrive_untouched(bench: Bench) -> None:
-    """None, empty and repeated ones included."""
+    """None, empty and repeated ones included, as far as the broker can carry them."""
     rows = [
         Row(b"plain"),
         Row(None, b"tombstone", (("a", b"1"),)),
@@ -224,7 +294,7 @@ def test_keys_values_and_headers_arrive_untouched(bench: Bench) -> None:
     ]
     topic = bench.topic()
     bench.publish(topic, rows)
-    assert bench.held(topic) == rows
+    assert bench.held(topic) == [bench.kept(row) for row in rows]
 
 
 def test_records_of_one_key_keep_their_order(bench: Bench) -> None:
@@ -250,23 +320,23 @@ def test_what_is_too_large_is_refused_alone(bench: Bench) -> None:
     assert [row.value for row in bench.held(topic)] == [b"small", b"small", b"end"]
 
 
-def test_a_topics_own_limit_refuses_only_what_is_over_it(bench: Bench) -> None:
+def test_a_topics_own_limit_refuses_only_what_is_over_it(topical: Bench) -> None:
     """A topic may take less than the client would send: records that fit pass, however many come at once."""
-    topic = bench.topic(max_bytes=3000)
+    topic = topical.topic(max_bytes=3000)
     rows = [Row(b"%03d" % n + b"x" * 300, b"k", (("n", b"%d" % n),)) for n in range(60)]
     rows[17] = Row(b"y" * 5000, b"k", (("n", b"17"),))
     rows[42] = Row(b"z" * 5000, b"k", (("n", b"42"),))
-    receipts = bench.publish(topic, rows)
+    receipts = topical.publish(topic, rows)
     assert {i: r.kind for i, r in receipts.refusals.items()} == dict.fromkeys((17, 42), RefusalKind.TOO_LARGE)
     assert receipts.confirmed_rows == 58
-    assert [row for n, row in enumerate(rows) if n not in (17, 42)] == bench.held(topic)
+    assert [row for n, row in enumerate(rows) if n not in (17, 42)] == topical.held(topic)
 
 
 def test_equal_records_that_differ_in_headers_are_told_apart(bench: Bench) -> None:
     """Dead letters of equal bodies differ in their origin alone: the refusal names the right one."""
     topic = bench.topic(max_bytes=3000)
     rows = [Row(b"same", None, (("n", b"%d" % n),)) for n in range(6)]
-    rows[4] = Row(b"same", None, (("n", b"4"), ("padding", b"x" * 5000)))
+    rows[4] = Row(b"same", None, (("n", b"4"), ("padding", b"x" * bench.too_wide)))
     receipts = bench.publish(topic, rows)
     assert list(receipts.refusals) == [4]
     assert sorted(row.headers[0][1] or b"" for row in bench.held(topic)) == [b"0", b"1", b"2", b"3", b"5"]
@@ -275,7 +345,7 @@ def test_equal_records_that_differ_in_headers_are_told_apart(bench: Bench) -> No
 def test_an_unknown_topic_is_denied(bench: Bench) -> None:
     """Each envelope is refused, and other topics go on."""
     topic = bench.topic()
-    receipts = bench.hand_over("nobody.made.this", numbered(3))
+    receipts = bench.hand_over(bench.missing, numbered(3))
     others = bench.hand_over(topic, numbered(5))
     bench.until_told(receipts, others)
     assert {i: refusal.kind for i, refusal in receipts.refusals.items()} == dict.fromkeys(

@@ -21,8 +21,10 @@ _READ_BY_US = frozenset(
     ("content-type", "content-encoding", "inference-header-content-length", "traceparent", "tracestate")
 )
 _READ_BY_US_PREFIXES = ("inferfleet-", "ce_", "ce-", "mlserver-")
-_ROUTING = frozenset((b"CC", b"BCC"))
-"""RabbitMQ sends a copy to every queue that these name: a caller's must not leave with our rights."""
+DELIVERY_COUNT = "x-delivery-count"
+_NOT_CARRIED = frozenset((b"CC", b"BCC", DELIVERY_COUNT.encode()))
+"""RabbitMQ sends a copy to every queue that the first two name: a caller's must not leave with our rights.
+The last is its own mark of a message that comes again."""
 
 _SIZES = {kind: size for size, kinds in {0: b"V", 1: b"tbB", 2: b"su", 4: b"Iif", 5: b"D", 8: b"lLdT"}.items()
           for kind in kinds}  # fmt: skip
@@ -190,7 +192,7 @@ def read_table(table: bytes) -> Read:
                 time_ms = _NUMBERS[field.kind].unpack_from(table, field.start)[0]
         if name == KEY:
             key = value
-        else:
+        elif name != DELIVERY_COUNT:
             headers.append((name, value))
     return Read(key, headers, time_ms)
 
@@ -269,7 +271,7 @@ def merged(table: Mapping[str, Any], entries: list[Header], encoded: Encoded) ->
     kept: list[bytes] = []
     for name, value, raw in _raw_entries(table):
         lower = _NAMES.get(name) or _name(name)
-        if name in _ROUTING:
+        if name in _NOT_CARRIED:
             continue
         if lower not in ours:
             kept.append(raw)
