@@ -1,4 +1,4 @@
-"""``inferfleet demo`` from end to end: real workers, the embedded broker, Valkey, one kill, nothing lost."""
+"""``inferfleet demo`` from end to end: real workers, each kind of broker, Valkey, one kill, nothing lost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pika
 import pytest
 import redis
 
 from inferfleet.demo.processes import birth, recorded, stop_recorded
+from tests.support import programs
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -44,10 +46,8 @@ def said(output: str, name: str) -> str:
     return found[1]
 
 
-def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> None:
-    """All digits and files get their right answer, and what was kept runs on until ``--stop``."""
-    shown = demo(folder, "--keep")
-
+def assert_that_nothing_was_lost(shown: subprocess.CompletedProcess[str]) -> None:
+    """The last table says that every request has its right answer."""
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert said(shown.stdout, "sent") == "2037"
     assert said(shown.stdout, "answered") == "2037, of these 2037 also in Redis"
@@ -55,6 +55,12 @@ def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> 
     assert said(shown.stdout, "errors, wrong answers") == "0, 0"
     assert "by SIGKILL" in shown.stdout
 
+
+def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> None:
+    """All digits and files get their right answer, and what was kept runs on until ``--stop``."""
+    shown = demo(folder, "--keep")
+
+    assert_that_nothing_was_lost(shown)
     record = folder / ".demo" / "pids.json"
     running = recorded(record)
     assert [each.name.partition("-")[0] for each in running] == ["broker", "redis", "worker", "worker"]
@@ -67,6 +73,33 @@ def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> 
     refused = demo(folder)
     assert refused.returncode == 1
     assert "end it with `inferfleet demo --stop`" in refused.stderr
+
+    stopped = demo(folder, "--stop")
+    assert stopped.returncode == 0
+    assert all(birth(each.pid) is None for each in running)
+
+
+def test_on_rabbitmq_it_is_the_same_and_a_plain_client_is_answered_by_what_was_kept(folder: Path) -> None:
+    """The node is the demo's own; a message that knows nothing of inferfleet has its answer in the queue."""
+    programs.rabbitmq_server()
+    shown = demo(folder, "--broker", "rabbitmq", "--keep")
+
+    assert_that_nothing_was_lost(shown)
+    running = recorded(folder / ".demo" / "pids.json")
+    assert [each.name.partition("-")[0] for each in running] == [
+        "epmd", "rabbitmq", "redis", "worker", "worker",
+    ]  # fmt: skip
+    settings = tomllib.loads((folder / ".demo" / "fleet.toml").read_text())
+    with pika.BlockingConnection(pika.URLParameters(settings["rabbitmq"]["url"])) as connection:
+        channel = connection.channel()
+        tensor = {"name": "image", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}
+        channel.basic_publish("", "digits.requests", json.dumps({"id": "mine", "inputs": [tensor]}).encode())
+        _, _, body = wait_until(
+            lambda: got if (got := channel.basic_get("digits.results", auto_ack=True))[0] else None,
+            LIMIT_S,
+            "the answer is in the queue",
+        )
+    assert json.loads(body)["id"] == "mine"
 
     stopped = demo(folder, "--stop")
     assert stopped.returncode == 0

@@ -23,8 +23,9 @@ MISSING = (
     "RabbitMQ is not installed here: apt-get install rabbitmq-server (Debian, Ubuntu), dnf install "
     "rabbitmq-server (Fedora) or brew install rabbitmq (macOS), then start the demo again"
 )
-# Packages put a script first on the path that changes user and folder; the one behind it obeys its caller.
-PACKAGED = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+# Packages put a script on the path that changes user and folder; the one behind it obeys its caller.
+_PACKAGED = Path("/usr/lib/rabbitmq")
+_BEHIND = ("bin/rabbitmq-server", "lib/rabbitmq_server-*/sbin/rabbitmq-server")
 _FOLDERS = ("/opt/homebrew/sbin", "/opt/homebrew/bin", "/usr/local/sbin", "/usr/local/bin", "/usr/sbin")
 _SERVICE_POLICY = Path("/usr/sbin/policy-rc.d")
 _START_TIMEOUT_S = 60.0
@@ -64,8 +65,8 @@ class Node:
 
     @property
     def url(self) -> str:
-        """Its address for clients."""
-        return f"amqp://127.0.0.1:{self.port}/"
+        """Its address for clients; with a slash behind it, some would ask for a host without a name."""
+        return f"amqp://127.0.0.1:{self.port}"
 
     def ctl(self, *words: str) -> str:
         """Run ``rabbitmqctl`` on the node, which takes half a second, and return what it prints."""
@@ -85,7 +86,8 @@ class Node:
 def find_programs() -> Programs | None:
     """Return RabbitMQ's programs, ``None`` unless all are here."""
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_FOLDERS))
-    server = str(PACKAGED) if PACKAGED.exists() else shutil.which(PACKAGE, path=path)
+    behind = [str(found) for pattern in _BEHIND for found in _PACKAGED.glob(pattern)]
+    server = behind[0] if behind else shutil.which(PACKAGE, path=path)
     epmd = shutil.which("epmd", path=path)
     if server is None or epmd is None:
         return None
