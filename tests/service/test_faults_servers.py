@@ -22,7 +22,7 @@ from tests.support.fleet_traffic import (
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
 
 RATE = 200
 

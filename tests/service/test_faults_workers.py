@@ -25,7 +25,7 @@ from tests.support.fleet_traffic import (
 from tests.support.servers import KafkaServer
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
 
 PARTITIONS = 6
 RATE = 300

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pika
 import pytest
 
 from tests.support.fleet import Fleet
 from tests.support.fleet_traffic import row_of
 from tests.support.rabbitmq_fleet import Queues, assert_right, codes, id_of, moody, rows, special
-from tests.support.rabbitmq_load import Load
+from tests.support.rabbitmq_load import Load, plain
 from tests.support.scale import pick
 from tests.support.servers import RabbitServer
 from tests.support.tcp_proxy import TcpProxy
@@ -25,14 +24,6 @@ pytestmark = [pytest.mark.service, pytest.mark.fault]
 
 Record = Any
 """``record_property`` of pytest: a figure for the summary of faults."""
-
-
-def plain(server: RabbitServer) -> Any:
-    """Return a blocking connection of a plain client."""
-    parameters = pika.URLParameters(server.url)
-    parameters.socket_timeout = parameters.blocked_connection_timeout = 15
-    parameters.heartbeat = 10
-    return pika.BlockingConnection(parameters)
 
 
 @pytest.fixture

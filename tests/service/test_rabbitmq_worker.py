@@ -110,7 +110,7 @@ def test_a_poison_row_fails_alone(fleet: Fleet, worker: WorkerProcess) -> None:
 
 
 def test_a_plain_rpc_client_gets_its_answers(fleet: Fleet, worker: WorkerProcess) -> None:
-    """``reply_to`` and ``correlation_id`` are all that it needs, for a queue of its own and for direct reply."""
+    """``reply_to`` and ``correlation_id`` are all it needs, for a queue of its own and for direct reply."""
     on = queues(fleet, "rpc")
     with fleet.rabbitmq.connection() as connection:
         channel = connection.channel()

@@ -16,10 +16,19 @@ from pika.exceptions import AMQPError
 from tests.support.fleet_traffic import Row, row_of, v2_body
 from tests.support.rabbitmq_fleet import assert_right
 from tests.support.rabbitmq_queues import Received
+from tests.support.rabbitmq_server import RabbitServer
 from tests.support.waiting import wait_until
 
 _AGAIN_S = 0.1
 FAILURES = (AMQPError, OSError)
+
+
+def plain(server: RabbitServer) -> Any:
+    """Return a blocking connection of a plain client."""
+    parameters = pika.URLParameters(server.url)
+    parameters.socket_timeout = parameters.blocked_connection_timeout = 15
+    parameters.heartbeat = 10
+    return pika.BlockingConnection(parameters)
 
 
 class Judged(NamedTuple):
