@@ -109,6 +109,7 @@ class Life:
         self.broken: set[str] = set()
         self.engines: list[HandEngine] = []
         self.outlet = MemoryOutlet(self.broker)
+        self.marks = MemoryMarks()
         self.happens: list[Callable[[], object]] = []
         """What may happen while the worker waits, besides its own work going on."""
         self.sent = 0
@@ -145,7 +146,7 @@ class Life:
                 news=news,
                 read_routes=lambda: self.routes,
                 pauses=LocalPauses(),
-                marks=MemoryMarks(),
+                marks=self.marks,
                 brokers=frozenset({"kafka"}),
             ),
         )

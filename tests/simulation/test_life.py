@@ -110,6 +110,26 @@ def test_a_worker_without_its_model_does_not_join(life: Life) -> None:
     finish(life)
 
 
+def test_a_start_that_fails_keeps_what_a_crash_has_left(life: Life) -> None:
+    """A broker or a model that is away between two crashes must not hide what kills the process."""
+    life.marks.mark = {"a.in-0-7": 1, "a.in-1-2": 2}
+    life.broken = {"1"}
+    with pytest.raises(ModelLoadError):
+        life.worker().run()
+    assert life.marks.mark == {"a.in-0-7": 1, "a.in-1-2": 2}
+    life.broken = set()
+    finish(life)
+    assert life.marks.mark is None
+
+
+def test_a_start_that_fails_is_no_crash(life: Life) -> None:
+    """Nothing had run, so the next start need not be careful."""
+    life.broken = {"1"}
+    with pytest.raises(ModelLoadError):
+        life.worker().run()
+    assert life.marks.mark is None
+
+
 def test_a_worker_that_is_stopped_while_loading_never_serves(life: Life) -> None:
     """SIGTERM during the start ends it at once."""
     worker = life.worker()

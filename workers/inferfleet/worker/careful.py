@@ -13,6 +13,7 @@ import structlog
 from inferfleet.core.quarantine import Quarantine
 from inferfleet.ports import CrashMarks
 from inferfleet.records import Batch, Chunk, Requests
+from inferfleet.wire.headers import GENERATED_ID
 from inferfleet.wire.stored import payload_hash
 
 log = structlog.get_logger(__name__)
@@ -67,8 +68,8 @@ class Careful:
             log.info("careful_no_longer")
 
     def close(self, *, clean: bool) -> None:
-        """Note how the process ends."""
-        if clean:
+        """Note how the process ends; after an error, what is not found out yet is left to the next one."""
+        if clean or not self.active:
             self._marks.ended()
 
     def _save(self, mark: dict[str, int] | None) -> None:
@@ -89,6 +90,5 @@ def _fingerprint(chunk: Chunk, row: int, request_id: str) -> str:
     if chunk.amqp is None:
         source, partition = chunk.stream
         return f"{source}-{partition}-{chunk.positions[row]}"
-    if chunk.fallback_ids is not None and request_id == chunk.fallback_ids[row]:
-        request_id = chunk.amqp[row].message_id or ""
-    return f"{chunk.stream.source} {request_id} {payload_hash(chunk.values[row] or b'')}"
+    named = "" if request_id.startswith(GENERATED_ID) else request_id
+    return f"{chunk.stream.source} {named} {payload_hash(chunk.values[row] or b'')}"

@@ -33,6 +33,8 @@ class Dispatching:
         self._condemned = condemned
         self._engines: list[Engine] = []
         self._alone: deque[tuple[Engine, Batch]] = deque()
+        self._suspect: Batch | None = None
+        """The one that runs now: until it has ended nothing else is given to any engine."""
 
     def watch(self, engine: Engine) -> None:
         """Give batches to an engine too."""
@@ -61,7 +63,7 @@ class Dispatching:
 
     def run(self, *, flush: bool = False) -> None:
         """Answer what has expired, and give every free engine its most urgent due batch."""
-        if self._alone:
+        if self._alone or self._suspect is not None:
             self._run_alone()
             return
         if not self._batcher.rows:
@@ -94,11 +96,14 @@ class Dispatching:
             engine, batch = self._alone.popleft()
             if batch.parts[0].chunk.live:
                 self._careful.began(batch)
+                self._suspect = batch
                 engine.submit(batch)
 
     def finished(self, item: Finished) -> BatchResult:
         """Hear that a batch has ended, and return what became of it."""
         item.engine.in_flight -= 1
+        if item.result.batch is self._suspect:
+            self._suspect = None
         if self._careful.active:
             self._careful.ended(item.result.batch)
         return item.result

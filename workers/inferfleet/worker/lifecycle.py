@@ -134,11 +134,13 @@ class Worker:
         Returns how many records were given back unfinished: somebody else answers them. Raises
         :class:`~inferfleet.errors.InferfleetError` when it cannot start.
         """
+        clean = False
         try:
             self._start()
             self._serve(until_idle_s)
+            clean = True
         finally:
-            unfinished = self._end()
+            unfinished = self._end(clean)
         return unfinished
 
     # Start
@@ -322,7 +324,7 @@ class Worker:
 
     # End
 
-    def _end(self) -> int:
+    def _end(self, clean: bool) -> int:
         """Drain, leave, close; return how many records were given back."""
         timeout_s = self._config.worker.drain_timeout_s
         until = self._clock.monotonic() + timeout_s * 0.95
@@ -338,7 +340,7 @@ class Worker:
         for engine in engines:
             engine.join(self._left_s(until) if engine.signature is not None else 0.0)
         self._to.pauses.close()
-        self._careful.close(clean=True)
+        self._careful.close(clean=clean)
         log.info("stopped", given_back=unfinished, unconfirmed=unconfirmed)
         return unfinished
 
