@@ -50,6 +50,11 @@ def retry_sources(config: Config, route: Route) -> list[str]:
     return [retry_name(config, route, delay) for delay in config.retry.delays_ms]
 
 
+def redrive_id(config: Config, route: Route) -> str:
+    """Return the Kafka transactional id of whoever redrives a route's dead letters: one at a time."""
+    return f"{config.group_of(route.pool)}.{route.name}.redrive"
+
+
 def retry_group(config: Config) -> str:
     """Return the Kafka consumer group in which this pool takes its retries."""
     return f"{config.group}.retry"

@@ -9,7 +9,7 @@ import msgspec
 
 from inferfleet.addresses import exchange_and_key
 from inferfleet.config import Config
-from inferfleet.naming import READY, dead_letter_name, retry_name
+from inferfleet.naming import READY, dead_letter_name, redrive_id, retry_name
 from inferfleet.routes import Route
 
 Role = Literal["source", "results", "dead letters", "retries", "ready retries"]
@@ -32,10 +32,10 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 class Right(msgspec.Struct, frozen=True, order=True):
-    """One rule: who may do what to which topic or group; ``pattern`` is ``literal`` or ``prefixed``."""
+    """One rule: who may do what to what; ``pattern`` is ``literal`` or ``prefixed``."""
 
     principal: str
-    resource: Literal["topic", "group"]
+    resource: Literal["topic", "group", "transactional-id"]
     name: str
     operation: Literal["Read", "Write", "Describe"]
     pattern: Literal["literal", "prefixed"] = "literal"
@@ -156,7 +156,8 @@ def plan_topics(config: Config, routes: Iterable[Route], partitions: int, replic
 def plan_rights(config: Config, routes: Sequence[Route], who: Principals) -> list[Right]:
     """Return exactly the rights on Kafka that running these routes needs, without repetition.
 
-    Read and Write imply Describe; an idempotent producer needs nothing beyond Write.
+    Read and Write imply Describe; an idempotent producer needs nothing beyond Write. Redrive writes retries
+    and, to the dead letters, the mark that it did, in one transaction.
     """
     rights: list[Right] = []
     for route in routes:
@@ -166,6 +167,7 @@ def plan_rights(config: Config, routes: Sequence[Route], who: Principals) -> lis
         groups = [config.group_of(route.pool)] if route.source.kind == "kafka" else []
         if any(role == "retries" for role, _ in topics):
             groups.append(retry_group_of(config, route.pool))
+            rights.append(Right(who.operator, "transactional-id", redrive_id(config, route), "Write"))
         for group in groups:
             rights.append(Right(who.worker, "group", group, "Read"))
             rights.append(Right(who.operator, "group", group, "Describe"))
@@ -189,13 +191,17 @@ def _topic_rights(role: Role, name: str, who: Principals) -> list[Right]:
             Right(who.operator, "topic", name, "Describe"),
         ]
     if role == "retries":
-        # Redrive writes to them; looking at how many wait needs Describe, which Write implies.
+        # Looking at how many wait needs Describe, which Write implies.
         return [
             Right(who.worker, "topic", name, "Read"),
             Right(who.worker, "topic", name, "Write"),
             Right(who.operator, "topic", name, "Write"),
         ]
-    return [Right(who.worker, "topic", name, "Write"), Right(who.operator, "topic", name, "Read")]
+    return [
+        Right(who.worker, "topic", name, "Write"),
+        Right(who.operator, "topic", name, "Read"),
+        Right(who.operator, "topic", name, "Write"),
+    ]
 
 
 TOPIC_ACCESS: dict[Role, frozenset[Access]] = {
