@@ -108,7 +108,9 @@ def test_a_failure_is_one_line_and_1(tmp_path: Path) -> None:
     assert result.stderr == f"Error: config file {tmp_path / 'none.toml'} does not exist\n"
 
 
-@pytest.mark.parametrize("arguments", [["rout"], ["route", "show"], ["dlt", "show", "r", "x"], ["--nothing"]])
+@pytest.mark.parametrize(
+    "arguments", [["rout"], ["route", "show"], ["dlt", "show", "digits", "x"], ["--nothing"]]
+)
 def test_wrong_use_is_2(fleet: Path, arguments: list[str]) -> None:
     """What is wrong with the command line exits 2."""
     run(*arguments, env={"INFERFLEET_CONFIG": str(fleet)}, code=2)
