@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from inferfleet.control.pauses import LocalPauses
 
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config, dead_letter_topic
+from inferfleet.control.pauses import LocalPauses
 from inferfleet.errors import ModelLoadError
 from inferfleet.ports import BatchingWishes, Clock, LoadedModel, RefusalKind
 from inferfleet.records import Batch

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import msgspec
-from inferfleet.control.pauses import LocalPauses
 
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_intake import MemoryIntake
 from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config
+from inferfleet.control.pauses import LocalPauses
 from inferfleet.core.retry import RetryPolicy
 from inferfleet.ports import IntakeListener
 from inferfleet.records import Chunk, Stream

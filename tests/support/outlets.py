@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from inferfleet.control.pauses import LocalPauses
-
 from inferfleet.config import Config, Worker
+from inferfleet.control.pauses import LocalPauses
 from inferfleet.core.retry import RetryPolicy
 from inferfleet.models.description import Batching
 from inferfleet.ports import Clock, LoadedModel, Outlet, Receipt, Refusal, RefusalKind, ResultOutlet
