@@ -114,6 +114,9 @@ class KafkaIntake:
         """Subscribe to exactly these topics; the member joins during the following takes."""
         self._listener = listener
         self._sources = sorted(sources)
+        if not self._sources:  # the client has another word for an empty subscription
+            self._consumer.unsubscribe()
+            return
         self._consumer.subscribe(
             self._sources, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
@@ -256,8 +259,9 @@ class KafkaIntake:
 
     @property
     def joined(self) -> bool:
-        """Whether the group has answered this member's join."""
-        return self._was_assigned or _generation(self._consumer) > 0
+        """Whether the group has answered this member's join; who wants nothing need not join."""
+        wants_nothing = self._listener is not None and not self._sources
+        return self._was_assigned or wants_nothing or _generation(self._consumer) > 0
 
     @property
     def denied(self) -> str | None:

@@ -38,7 +38,7 @@ class MemoryIntake:
         return f"MemoryIntake(group={self._group.name}, partitions={len(self._positions)})"
 
     def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
-        """Take from exactly these topics; the member joins, or tells the group, in the next take."""
+        """Take from exactly these topics; the member joins, tells the group, or leaves, in the next take."""
         self._listener = listener
         self._sources = tuple(sorted(sources))
 
@@ -145,7 +145,11 @@ class MemoryIntake:
 
     @property
     def joined(self) -> bool:
-        """Whether this is a member of its group."""
+        """Whether this is a member of its group; who wants nothing need not be."""
+        return self._is_member or (self._listener is not None and not self._sources)
+
+    @property
+    def _is_member(self) -> bool:
         return self._member in self._group
 
     @property
@@ -164,7 +168,10 @@ class MemoryIntake:
             return
         self._closed = True
         self._tell_refused()
-        if self.joined:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._is_member:
             self._revoke(list(self._positions))
             self._group.leave(self._member)
 
@@ -183,8 +190,10 @@ class MemoryIntake:
         """Tell the listener what has happened since the last take, and join where that is due."""
         self._group.tick()
         self._tell_refused()
-        if not self.joined and self._positions:
+        if not self._is_member and self._positions:
             self._lose()
+        if not self._sources:
+            self._leave()
         if self._sources and self._group.denied is None:
             self._group.join(self._member, self._sources)
         self._revoke(self._group.to_give_up(self._member))
