@@ -55,9 +55,9 @@ def redrive_id(config: Config, route: Route) -> str:
     return f"{config.group_of(route.pool)}.{route.name}.redrive"
 
 
-def retry_group(config: Config) -> str:
-    """Return the Kafka consumer group in which this pool takes its retries."""
-    return f"{config.group}.retry"
+def retry_group(config: Config, pool: str) -> str:
+    """Return the Kafka consumer group in which a pool takes its retries."""
+    return f"{config.group_of(pool)}.retry"
 
 
 def retry_topics(config: Config) -> Callable[[str], bool]:

@@ -99,7 +99,7 @@ class Joining:
             from inferfleet.brokers.delayed import DelayedIntake
 
             # From the start: what was put there before this group first joined waits like all else.
-            inner = self._kafka_intake(retry_group(config), "earliest", _LITTLE_AT_ONCE)
+            inner = self._kafka_intake(retry_group(config, config.worker.pool), "earliest", _LITTLE_AT_ONCE)
             delayed = DelayedIntake(inner, clock, longest_ms=2 * max(config.retry.delays_ms))
         rabbit = self._rabbit_intake(self._link) if self._link is not None and "rabbitmq" in takes else None
         return Sources(kafka, delayed, rabbit, retry_topics(config), clock)

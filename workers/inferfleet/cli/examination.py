@@ -13,13 +13,13 @@ from inferfleet.cli.topology import (
     TOPIC_ACCESS,
     Role,
     needs,
-    retry_group_of,
     route_topics,
     uses_kafka,
     uses_rabbitmq,
 )
 from inferfleet.config import Config, check_supported
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError
+from inferfleet.naming import retry_group
 from inferfleet.routes import Route
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _kafka(config: Config, routes: Sequence[Route], partitions: int | None) -> I
         if taken:
             yield _group(cluster, config.group)
         if any(role == "retries" for route in taken for role, _ in route_topics(config, route)):
-            yield _group(cluster, retry_group_of(config, config.worker.pool))
+            yield _group(cluster, retry_group(config, config.worker.pool))
     except BrokerError as error:
         yield Finding("kafka", "FAIL", str(error))
     finally:
@@ -194,9 +194,7 @@ def _rabbitmq_version(address: str, version: str) -> Finding:
 
 
 def _redis(config: Config) -> Finding:
-    from redis.exceptions import RedisError
-
-    from inferfleet.redis_access import open_redis, place_of
+    from inferfleet.redis_access import REDIS_ERRORS, open_redis, place_of
 
     key = f"{config.fleet.name}:result:doctor:ping"
     where = f"[redis] {config.redis.mode}"
@@ -209,7 +207,7 @@ def _redis(config: Config) -> Finding:
             client.close()
     except ConfigError as error:
         return Finding("redis", "FAIL", str(error))
-    except (RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         said = " ".join(str(error).split()) or type(error).__name__
         mend = "check [redis] url, username and password" if "WRONGPASS" in said or "NOAUTH" in said else ""
         return Finding("redis", "FAIL", f"{where}: {said}; {mend or 'check [redis] url and that it runs'}")

@@ -1,4 +1,4 @@
-"""What a worker makes sure of before it loads anything: its brokers answer, and its routes find all they need."""
+"""What a worker makes sure of before it loads anything: its brokers answer, its routes find all of theirs."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import click
 import msgspec
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
-from inferfleet.cli.topology import retry_group_of, route_queues, route_topics, shares_pauses
+from inferfleet.cli.topology import route_queues, route_topics, shares_pauses
 from inferfleet.errors import BrokerError
+from inferfleet.naming import retry_group
 from inferfleet.telemetry.admin import WorkerStatus
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def pool_status(
         topics = [
             topic for route in routes for role, topic in route_topics(config, route) if role == "retries"
         ]
-        behind = retry_group_of(config, pool)
+        behind = retry_group(config, pool)
         # A broker that cannot tell the members of one group would only say so twice.
         takers = _described(kafka, behind, notes) if facts is not None and topics else None
         retries = _partitions(kafka, behind, topics, standing, takers, notes)

@@ -9,7 +9,7 @@ import msgspec
 
 from inferfleet.addresses import exchange_and_key
 from inferfleet.config import Config
-from inferfleet.naming import READY, dead_letter_name, redrive_id, retry_name
+from inferfleet.naming import READY, dead_letter_name, redrive_id, retry_group, retry_name
 from inferfleet.routes import Route
 
 Role = Literal["source", "results", "dead letters", "retries", "ready retries"]
@@ -63,11 +63,6 @@ class Need(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}"
-
-
-def retry_group_of(config: Config, pool: str) -> str:
-    """Return the Kafka consumer group in which a pool takes its retries."""
-    return f"{config.group_of(pool)}.retry"
 
 
 def uses_kafka(routes: Iterable[Route]) -> bool:
@@ -166,7 +161,7 @@ def plan_rights(config: Config, routes: Sequence[Route], who: Principals) -> lis
             rights += _topic_rights(role, name, who)
         groups = [config.group_of(route.pool)] if route.source.kind == "kafka" else []
         if any(role == "retries" for role, _ in topics):
-            groups.append(retry_group_of(config, route.pool))
+            groups.append(retry_group(config, route.pool))
             rights.append(Right(who.operator, "transactional-id", redrive_id(config, route), "Write"))
         for group in groups:
             rights.append(Right(who.worker, "group", group, "Read"))

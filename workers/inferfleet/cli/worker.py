@@ -151,6 +151,7 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
         running.status,
         pause=joined.pauses.pause,
         resume=joined.pauses.resume,
+        serves=lambda name: any(route.name == name for route in joining.routes),
     ) as admin:
         log.info("worker_started", worker=config.worker_id, version=__version__, admin=admin.address)
         try:
