@@ -21,7 +21,9 @@ from inferfleet.cli.deadletters import MARK, DeadLetters
 from inferfleet.cli.kafka import Cluster
 from inferfleet.cli.letters import EVERYTHING, Choice
 from inferfleet.cli.pace import Pace
+from inferfleet.cli.rabbit_topology import plan_permissions
 from inferfleet.cli.redrive import Redrive
+from inferfleet.cli.topology import Principals
 from inferfleet.config import load
 from inferfleet.errors import BrokerError, Code
 from inferfleet.routes import load_routes
@@ -346,3 +348,51 @@ def test_headers_that_no_client_reads_hold_up_no_letter(rabbit_grave: RabbitGrav
     assert ids(listed(rabbit_grave)) == ["deep", "plain"]
     assert run(rabbit_grave, "redrive", "r", "--yes").stdout.endswith("sent 2\n")
     assert rabbit_grave.fleet.rabbitmq.depth(rabbit_grave.fleet.retries("r", "ready")) == 2
+
+
+# Rights: what `topics plan` prints for operators is enough
+
+
+def test_the_printed_rights_are_enough_on_kafka(secure_kafka: KafkaServer, tmp_path: Path) -> None:
+    """Without the transactional id redrive says what is missing; with the rules it lists and sends."""
+    with Fleet(tmp_path, secure_kafka, user="bob") as fleet:
+        fleet.route("r", model="m")
+        grave = KafkaGrave(fleet.prepare())
+        grave.bury(Letter("a"))
+        words = ["topics", "plan", "--format", "acls", "--operator-principal", "User:bob"]
+        rules = CliRunner().invoke(cli, ["--config", str(fleet.config), *words]).stdout.splitlines()
+        secure_kafka.apply_acls([each for each in rules if "--transactional-id" not in each])
+        wait_until(lambda: _quiet(grave, "list", "r") == 0, 10, "the rules to hold")
+        refused = run(grave, "redrive", "r", "--yes", code=1).stderr
+        secure_kafka.apply_acls(rules)
+        wait_until(lambda: _quiet(grave, "redrive", "r", "--yes") == 0, 10, "the last rule to hold")
+
+        assert f"may not write as transactional id {fleet.name}.default.r.redrive" in refused
+        assert len(refused.splitlines()) == 1
+        assert [each["redriven"] for each in listed(grave)] == [True]
+
+
+def _quiet(grave: Grave, *words: str) -> int:
+    return CliRunner().invoke(cli, ["--config", str(grave.fleet.config), "dlt", *words]).exit_code
+
+
+def test_the_printed_rights_are_enough_on_rabbitmq(rabbit_grave: RabbitGrave) -> None:
+    """An operator reads the dead letters and writes to queues by name, and nothing else."""
+    fleet = rabbit_grave.fleet
+    rabbit_grave.bury(Letter("a"), Letter("b"))
+    who = Principals("User:w", "User:c", f"User:{fleet.name}")
+    routes = load_routes(fleet.routes_file, fleet.name).routes
+    given = next(
+        each for each in plan_permissions(load(fleet.config, {}), routes, who) if each.user == fleet.name
+    )
+    url = fleet.rabbitmq.add_user(fleet.name, "secret", "^$", "^$", given.read)
+    fleet.settings["rabbitmq"]["url"] = url
+    fleet.write()
+    refused = run(rabbit_grave, "redrive", "r", "--yes", code=1).stderr
+    fleet.rabbitmq.set_permissions(fleet.name, given.configure, given.write, given.read)
+
+    assert "`inferfleet topics plan` prints the rights" in refused
+    assert "secret" not in refused
+    assert len(refused.splitlines()) == 1
+    assert ids(listed(rabbit_grave)) == ["a", "b"]
+    assert run(rabbit_grave, "redrive", "r", "--yes").stdout.endswith("sent 2\n")

@@ -46,7 +46,7 @@ class Line(NamedTuple):
 
     async def consume(self, queue: str, prefetch: int) -> Arrivals:
         """Take up to ``prefetch`` messages of a queue."""
-        arrivals = Arrivals()
+        arrivals = Arrivals(self.channel)
         self.tap.splitter.sinks[self.channel.number] = arrivals
         await self.channel.basic_qos(prefetch_count=prefetch)
         await self.channel.basic_consume(queue, _unused)
@@ -99,18 +99,19 @@ class _Sink:
 class Arrivals(_Sink):
     """What the taking channel has brought."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: AbstractChannel) -> None:
+        self._channel = channel
         self._arrived: asyncio.Queue[Arrived | None] = asyncio.Queue()
 
     async def next(self, timeout_s: float) -> Arrived | None:
-        """Return the next message, ``None`` if none comes in time. Raises ConnectionError at the end."""
+        """Return the next message, ``None`` if none comes in time. Raises what ended the channel."""
         try:
             async with asyncio.timeout(timeout_s):
                 found = await self._arrived.get()
         except TimeoutError:
             return None
         if found is None:
-            raise ConnectionError("the broker has closed the channel")
+            raise await _end_of(self._channel)
         return found
 
     def delivered(self, tag: int, redelivered: bool, header: bytes, body: bytes) -> None:
@@ -126,10 +127,11 @@ class Arrivals(_Sink):
 class Confirms(_Sink):
     """Publishes to one queue, and hears what the broker says of each message, by the order of publishing."""
 
-    def __init__(self, line: Line, number: int, queue: str, timeout_s: float) -> None:
+    def __init__(self, line: Line, channel: AbstractChannel, queue: str, timeout_s: float) -> None:
         self.queue = queue
         self._line = line
-        self._way: Route = route(number, b"", queue.encode())
+        self._channel = channel
+        self._way: Route = route(channel.number, b"", queue.encode())
         self._timeout_s = timeout_s
         self._open: dict[int, asyncio.Future[bool]] = {}
         self._last = 0
@@ -139,13 +141,14 @@ class Confirms(_Sink):
     async def opened(cls, line: Line, queue: str, timeout_s: float) -> Confirms:
         """Return one on a channel of its own."""
         channel = await line.connection.channel(publisher_confirms=True)
-        found = line.tap.splitter.sinks[channel.number] = cls(line, channel.number, queue, timeout_s)
+        found = line.tap.splitter.sinks[channel.number] = cls(line, channel, queue, timeout_s)
         return found
 
     async def publish(self, messages: Sequence[tuple[bytes, bytes]]) -> list[str]:
         """Publish (properties, body) pairs; return for each why it was not kept, ``""`` if it was.
 
-        Raises BrokerError where the queue is missing or the broker does not confirm in time.
+        Raises BrokerError where the queue is missing or the broker does not confirm in time, and what ended
+        the channel.
         """
         frame_max = self._line.connection.connection_tune.frame_max or 131_072
         pieces: list[bytes] = []
@@ -167,6 +170,8 @@ class Confirms(_Sink):
                 f"queue {self.queue} did not confirm within {self._timeout_s:g} s; whether it has the last "
                 f"{len(waiting)} is not known"
             ) from None
+        except ConnectionError:
+            raise await _end_of(self._channel) from None
         if self._unroutable:
             raise BrokerError(
                 f"queue {self.queue} does not exist; `inferfleet topics plan` prints how to create it"
@@ -198,6 +203,14 @@ class Confirms(_Sink):
             if not future.done():
                 future.set_exception(ConnectionError("the broker has closed the channel"))
         self._open.clear()
+
+
+async def _end_of(channel: AbstractChannel) -> BaseException:
+    """Return why a channel ended, given a moment in which the library hears it."""
+    closing = channel.closing
+    await asyncio.wait([closing], timeout=1.0)
+    error = closing.exception() if closing.done() and not closing.cancelled() else None
+    return error or ConnectionError("the broker has closed the channel")
 
 
 async def _unused(_: Any) -> None:
