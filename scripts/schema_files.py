@@ -22,9 +22,11 @@ from inferfleet.records import Answer, AnswerForm, Chunk, Requests, Signature, S
 from inferfleet.wire.encode import AnswerWriter, error_body
 from inferfleet.wire.headers import MAX_ID_BYTES
 from inferfleet.wire.messages import (
+    AMQP_HEADERS,
     DEAD_LETTER_HEADERS,
     OUTCOME_HEADERS,
     REQUEST_HEADERS,
+    RETRY_HEADERS,
     ErrorOutcome,
     HeaderRule,
     InferenceResponse,
@@ -229,7 +231,7 @@ def error_schema() -> Document:
 
 
 def header_tables() -> Document:
-    """Return the headers of requests, outcomes and dead letters."""
+    """Return the headers of requests, outcomes, dead letters and further attempts."""
 
     def table(rules: tuple[HeaderRule, ...]) -> list[Document]:
         return [
@@ -241,10 +243,13 @@ def header_tables() -> Document:
         "title": "Headers",
         "description": "Text in UTF-8, the same lower-case names on Kafka and AMQP; names are compared in "
         "lower case, and of a repeated header of a request the first value wins. A dead letter carries the "
-        "request's own headers first, so of its own the last value wins. `pattern` is for the whole value.",
+        "request's own headers first, so of its own the last value wins; so does a record in a retry topic. "
+        "`pattern` is for the whole value.",
         "request": table(REQUEST_HEADERS),
+        "amqp": table(AMQP_HEADERS),
         "outcome": table(OUTCOME_HEADERS),
         "dead_letter": table(DEAD_LETTER_HEADERS),
+        "retry": table(RETRY_HEADERS),
     }
 
 

@@ -25,6 +25,7 @@ from inferfleet.wire.messages import (
     DEAD_LETTER_HEADERS,
     OUTCOME_HEADERS,
     REQUEST_HEADERS,
+    RETRY_HEADERS,
     ErrorOutcome,
     HeaderRule,
     InferenceResponse,
@@ -32,6 +33,7 @@ from inferfleet.wire.messages import (
 from inferfleet.wire.stored import mark, payload_hash
 from inferfleet.worker.deadletter import dead_letter_headers
 from inferfleet.worker.plan import RoutePlan
+from inferfleet.worker.retries import OURS, retry_headers
 from scripts.schema_files import FOLDER, files
 from tests.support.builders import binary_headers, chunk, codes, decoder, requests, signature
 from tests.support.outlets import route_plan
@@ -183,6 +185,14 @@ def test_the_headers_of_dead_letters_are_those_of_the_table_in_its_order() -> No
 _WORDS = st.text(st.sampled_from("019-ab. {}/;"), max_size=6) | st.sampled_from(
     ["v2", "2", "1.0", "0.3", "identity", "application/json", "application/octet-stream; a=b", "m", "5"]
 )
+
+
+def test_what_asks_for_another_attempt_meets_its_table() -> None:
+    """The headers behind the original ones are exactly the table's, in its order."""
+    record = chunk([b"body"])
+    made = retry_headers(record, 0, "named", attempt=2, not_before_ms=1_700_000_000_000)
+    assert [name for name, _ in made] == [rule.name for rule in RETRY_HEADERS] == list(OURS)
+    _meet(made, RETRY_HEADERS, when={"always"})
 
 
 @pytest.mark.parametrize("rule", REQUEST_HEADERS, ids=lambda rule: rule.name)

@@ -95,6 +95,18 @@ REQUEST_HEADERS = (
     HeaderRule("mlserver-version", "Must name a version that the route serves.", r"[1-9][0-9]*"),
 )
 
+AMQP_HEADERS = (
+    HeaderRule(
+        "inferfleet-key",
+        "On RabbitMQ, which has no keys: what stands for the key of a Kafka record, for steering and for "
+        "outcomes on Kafka. Of a request's properties, content_type and content_encoding are read as the "
+        "headers content-type and content-encoding, and message_id, else correlation_id, names a request "
+        "without an id. An outcome's message_id is the request's id, its correlation_id the request's own.",
+        r"(?s:.*)",
+    ),
+)
+"""Beside the headers of requests and outcomes, where they travel through RabbitMQ."""
+
 OUTCOME_HEADERS = (
     HeaderRule(names.ID, "The request's id.", _ID, "always"),
     HeaderRule(names.STATUS, "Whether the body is an answer or an error.", r"ok|error", "always"),
@@ -140,3 +152,10 @@ DEAD_LETTER_HEADERS = (
     ),
 )
 """Behind the request's own headers, which stay untouched; so in a dead letter the last value wins."""
+
+RETRY_HEADERS = (
+    *DEAD_LETTER_HEADERS[:4],
+    HeaderRule("inferfleet-attempt", "Which attempt this record asks for.", r"[1-9][0-9]*", "always"),
+    HeaderRule(names.NOT_BEFORE, "When it may run, epoch milliseconds.", _NATURAL, "always"),
+)
+"""Behind the request's own headers in a retry topic or queue, and believed nowhere else."""
