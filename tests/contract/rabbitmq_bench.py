@@ -153,11 +153,14 @@ def read_all(server: RabbitServer, destination: str, seen: list[Any]) -> list[An
     """Take everything out of a queue, behind what was taken before."""
     queue = exchange_and_key(destination)[1] if on_rabbitmq(destination) else destination
     with server.channel() as channel:
-        while True:
-            method, properties, body = channel.basic_get(queue, auto_ack=True)
-            if method is None:
-                return seen
-            seen.append((method, properties, body))
+        left = channel.queue_declare(queue, passive=True).method.message_count
+        if left:
+            for received in channel.consume(queue, auto_ack=True):
+                seen.append(received)
+                left -= 1
+                if not left:
+                    break
+    return seen
 
 
 def new_queue(server: RabbitServer, **arguments: Any) -> str:

@@ -112,6 +112,8 @@ class Consumer:
         self._link = link
         self._assigned, self._lost, self._arrived = assigned, lost, arrived
         self.arrivals: Arrivals | None = None
+        """Of the channel that is consumed on; ``_incoming`` is there before the broker has agreed to that."""
+        self._incoming: Arrivals | None = None
         self._connected: Connected | None = None
         self._number = 0
         self._acked = 0
@@ -140,8 +142,8 @@ class Consumer:
     @property
     def held_bytes(self) -> int:
         """Return how many bytes wait to be taken."""
-        arrivals = self.arrivals
-        return 0 if arrivals is None else arrivals.held_bytes
+        incoming = self._incoming
+        return 0 if incoming is None else incoming.held_bytes
 
     def start(self) -> None:
         """Consume from now on."""
@@ -172,13 +174,18 @@ class Consumer:
         """Whether nobody takes what arrives here."""
         return self._paused_at is not None
 
-    def give_back(self, reason: str) -> None:
-        """Close the channel, so that the queue has everything again; :meth:`resume` opens another."""
-        if self.arrivals is not None:
-            log.warning("deliveries_given_back", queue=self.queue, messages=self.out, reason=reason)
-            self.given_back = True
-            self._wanted.clear()
-            self._over.set()
+    def give_back(self, reason: str) -> bool:
+        """Close the channel, so that the queue has everything again; :meth:`resume` opens another.
+
+        Return whether there was one.
+        """
+        if self.arrivals is None or self.given_back:
+            return False
+        log.warning("deliveries_given_back", queue=self.queue, messages=self.out, reason=reason)
+        self.given_back = True
+        self._wanted.clear()
+        self._over.set()
+        return True
 
     async def leave(self, stream: Stream | None = None, position: int = 0) -> None:
         """Acknowledge below ``position`` and stop; returns when the broker has closed the channel."""
@@ -239,7 +246,7 @@ class Consumer:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             channel = await connected.connection.channel(publisher_confirms=False)
         arrivals = Arrivals(Stream(self.source, next(_numbers)), self._arrived, self._link.clock)
-        connected.tap.splitter.sinks[channel.number] = arrivals
+        connected.tap.splitter.sinks[channel.number] = self._incoming = arrivals
         ended = asyncio.Event()
         channel.on_consumer_cancel_callbacks.add(lambda _: ended.set())
         self._over.clear()
@@ -262,9 +269,11 @@ class Consumer:
         self._heard = (0, self._link.clock.monotonic())
         self.arrivals = arrivals
         self._assigned(arrivals)
+        self._arrived()
 
     def _end(self, arrivals: Arrivals) -> None:
         arrivals.live = False
+        self._incoming = None
         if self.arrivals is arrivals:
             self.arrivals = None
             self._lost(arrivals)

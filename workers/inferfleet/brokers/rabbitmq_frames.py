@@ -21,7 +21,7 @@ _CLOSE = struct.pack(">HH", 20, 40)
 _BLOCKED, _UNBLOCKED = (struct.pack(">HH", 10, number) for number in (60, 61))
 _PUBLISH = struct.pack(">HHH", 60, 40, 0)
 _CONTENT = struct.pack(">HH", 60, 0)
-_MANDATORY = b"\x01"
+_DIRECT_REPLY = b"amq.rabbitmq.reply-to."
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 FRAME_OVERHEAD = _HEAD + _TAIL
 
@@ -210,11 +210,16 @@ class Route(NamedTuple):
 
 
 def route(number: int, exchange: bytes, key: bytes) -> Route:
-    """Return the way to a routing key of an exchange. Raises ValueError for names longer than AMQP's."""
+    """Return the way to a routing key of an exchange; what no queue takes comes back.
+
+    All but direct replies: those the broker returns although it has delivered them. Raises ValueError for
+    names longer than AMQP's.
+    """
     for name in (exchange, key):
         if len(name) > 255:
             raise ValueError(f"a name of {len(name)} bytes; AMQP has room for 255")
-    payload = b"".join((_PUBLISH, bytes((len(exchange),)), exchange, bytes((len(key),)), key, _MANDATORY))
+    bits = b"\x00" if key.startswith(_DIRECT_REPLY) else b"\x01"
+    payload = b"".join((_PUBLISH, bytes((len(exchange),)), exchange, bytes((len(key),)), key, bits))
     return Route(number, _frame(_METHOD, number, payload))
 
 

@@ -305,6 +305,8 @@ class RabbitIntake:
         if self._choked and self._held_bytes() < self._link.options.buffer_bytes // 2:
             self._choked = False
             self._breathe()
+        elif self._choked:
+            self._choke()  # a queue may have been paused since
 
     def _tell(self, comes: bool, arrivals: Arrivals) -> None:
         self._news.append((comes, arrivals))
@@ -322,11 +324,16 @@ class RabbitIntake:
             self._link.wake()
 
     def _choke(self) -> None:
-        """Read no more for now; where only paused queues fill the room, they take theirs back instead."""
+        """Read no more for now; but a paused queue that fills the room takes back what it has brought."""
         paused = [consumer for consumer in self._watched if consumer.paused]
-        largest = max(paused, key=lambda consumer: consumer.held_bytes, default=None)
-        if largest is not None and largest.held_bytes and len(paused) < len(self._watched):
-            largest.give_back("others need the room that its messages take")
+        hog = max(paused, key=lambda consumer: consumer.held_bytes, default=None)
+        others = len(paused) < len(self._watched)
+        if (
+            others
+            and hog is not None
+            and hog.held_bytes > self._link.options.buffer_bytes // 2
+            and hog.give_back("others need the room that its messages take")
+        ):
             return
         connected = self._link.taking.now
         if connected is not None:
