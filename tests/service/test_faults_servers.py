@@ -163,6 +163,62 @@ def test_a_deleted_result_topic_holds_its_route_only(own_kafka: KafkaServer, tmp
     assert verdict.right, verdict
 
 
+def test_a_deleted_dead_letter_topic_stops_its_route(own_kafka: KafkaServer, tmp_path: Path) -> None:
+    """F38: what should be buried stays uncommitted until its topic is back; nothing is skipped."""
+    client = own_kafka.client_config()
+    with Fleet(tmp_path, own_kafka) as fleet:
+        fleet.checksum()
+        fleet.route("sums", partitions=1)
+        with fleet.prepare().running() as worker:
+            own_kafka.delete_topics([fleet.dead_letters("sums")])
+            sender = Sender(client)
+            sender.send(fleet.source("sums"), b"not json", id="bad")
+            sender.flush()
+            reason = wait_paused(worker, "sums")
+            assert fleet.dead_letters("sums") in reason
+            assert worker.metric("in_flight_rows", route="sums") == 1
+            own_kafka.create_topics({fleet.dead_letters("sums"): 1})
+            with Reader(client, fleet.dead_letters("sums")) as dead:
+                (letter,) = dead.wait_count(1, 60)
+            assert letter.value == b"not json"
+            sender.send(fleet.source("sums"), v2_body([row_of(1)]), id="good")
+            sender.flush()
+            with Reader(client, fleet.results("sums")) as reader:
+                reader.wait_ids(["bad", "good"], 60)
+                assert reader.only("bad").code == "E_DECODE"
+                assert reader.only("good").code == ""
+
+
+def test_an_answer_too_large_for_its_topic_is_an_error(own_kafka: KafkaServer, tmp_path: Path) -> None:
+    """F37: one error and one dead letter; the answers beside it are given, and nothing is tried for ever."""
+    client = own_kafka.client_config()
+    with Fleet(tmp_path, own_kafka) as fleet:
+        fleet.checksum()
+        fleet.route("sums", partitions=1, max_queue_delay_ms=200)
+        fleet.prepare()
+        own_kafka.delete_topics([fleet.results("sums")])
+        own_kafka.create_topics({fleet.results("sums"): 1}, config={"max.message.bytes": "4000"})
+        with fleet.running():
+            sender = Sender(client)
+            small = {f"s-{n}": row_of(n) for n in range(20)}
+            for name, row in small.items():
+                sender.send(fleet.source("sums"), v2_body([row]), id=name)
+            sender.send(fleet.source("sums"), v2_body([row_of(n) for n in range(500)]), id="large")
+            sender.flush()
+            with (
+                Reader(client, fleet.results("sums")) as reader,
+                Reader(client, fleet.dead_letters("sums")) as dead,
+            ):
+                reader.wait_ids([*small, "large"], 60)
+                (letter,) = dead.wait_count(1)
+                assert reader.only("large").code == "E_RESULT_TOO_LARGE"
+                reader.by_id.pop("large")
+                verdict = judge(small, reader)
+    assert verdict.right, verdict
+    assert letter.id == "large"
+    assert letter.headers["inferfleet-code"] == b"E_RESULT_TOO_LARGE"
+
+
 def test_sigterm_does_not_wait_for_a_broker_that_is_frozen(own_kafka: KafkaServer, tmp_path: Path) -> None:
     """With Kafka frozen the worker still ends with 0 inside its drain time, and nothing is lost."""
     client = own_kafka.client_config()
