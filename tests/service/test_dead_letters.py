@@ -17,6 +17,7 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 
 from inferfleet.cli import cli
 from inferfleet.cli.amqp_line import Confirms, open_line
+from inferfleet.cli.dead_queue import DeadQueue
 from inferfleet.cli.deadletters import MARK, DeadLetters
 from inferfleet.cli.kafka import Cluster
 from inferfleet.cli.letters import EVERYTHING, Choice
@@ -321,6 +322,26 @@ def test_letters_that_stay_keep_their_order(rabbit_grave: RabbitGrave) -> None:
         assert ids(listed(rabbit_grave)) == ["a1", "a3", "a4", "a5", "a6", "a7"]
 
     assert [each.header("inferfleet-id") for each in rabbit_grave.retried()] == [b"a0", b"a2"]
+
+
+def test_a_connection_that_breaks_loses_no_letter(rabbit_grave: RabbitGrave) -> None:
+    """What was not moved is still there, in one line it is said how many were, and the next run goes on."""
+    sent = [f"a{number}" for number in range(8)]
+    rabbit_grave.bury(*(Letter(name) for name in sent))
+    queue = DeadQueue(load(rabbit_grave.fleet.config, {}), rabbit_grave.fleet.dead_letters("r"))
+    route = load_routes(rabbit_grave.fleet.routes_file, rabbit_grave.fleet.name).named("r")
+    ready = rabbit_grave.fleet.retries("r", "ready")
+
+    def broken(moved: int) -> None:
+        if moved == 2:
+            rabbit_grave.fleet.rabbitmq.close_connections()
+
+    with pytest.raises(BrokerError, match=r"does not answer: .*\(moved before that: \d\)"):
+        queue.redrive(Choice(route, EVERYTHING), ready, NOW_MS, Pace(8), broken)
+    run(rabbit_grave, "redrive", "r", "--yes")
+
+    assert {each.header("inferfleet-id").decode() for each in rabbit_grave.retried()} == set(sent)
+    assert listed(rabbit_grave) == []
 
 
 def test_headers_that_no_client_reads_hold_up_no_letter(rabbit_grave: RabbitGrave) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError, ProbableA
 
 from inferfleet.config import parse
 from inferfleet.errors import BrokerError, ConfigError
-from inferfleet.rabbitmq_access import AmqpPlace, _tls, _with_credentials, amqp_failure, amqp_place
+from inferfleet.rabbitmq_access import (
+    AmqpPlace,
+    _tls,
+    _with_credentials,
+    amqp_failure,
+    amqp_place,
+    ends_are_failures,
+)
 from inferfleet.rabbitmq_access import refuses_for_good as for_good
 
 
@@ -58,6 +66,31 @@ def test_a_failure_is_one_line_with_its_mend(error: Exception, said: str, lastin
     failure.__cause__ = error
     assert for_good(failure) is lasting
     assert not for_good(BrokerError("something else"))
+
+
+def test_a_cancellation_that_nobody_asked_for_is_a_failure() -> None:
+    """The library cancels who waits for it; a task that is cancelled, or out of time, stays so."""
+
+    async def waits(library: bool) -> None:
+        async with ends_are_failures():
+            if library:
+                asyncio.get_running_loop().call_soon((ended := asyncio.Future[None]()).cancel)
+                await ended
+            await asyncio.sleep(60)
+
+    async def cases() -> None:
+        with pytest.raises(ConnectionError, match="the connection has ended"):
+            await waits(True)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await waits(False)
+        task = asyncio.create_task(waits(False))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cases())
 
 
 def test_certificates_are_checked_unless_that_is_switched_off(tmp_path: Path) -> None:

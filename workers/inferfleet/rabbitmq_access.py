@@ -7,9 +7,10 @@ and what of that may be sent again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -118,6 +119,21 @@ def amqp_failure(place: AmqpPlace, error: BaseException) -> BrokerError:
             f"{where} does not answer: {reason}; check [rabbitmq] url and that the broker runs"
         )
     return BrokerError(f"{where}: {reason}")
+
+
+@contextlib.asynccontextmanager
+async def ends_are_failures() -> AsyncIterator[None]:
+    """Turn a cancellation that nobody asked for into a failure.
+
+    aiormq cancels whoever waits for it when its connection ends.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError("the connection has ended") from None
 
 
 def refuses_for_good(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from inferfleet.brokers.rabbitmq_link import rabbit_options
 from inferfleet.brokers.rabbitmq_tap import Tap, open_tapped
 from inferfleet.config import Config
 from inferfleet.errors import BrokerError
-from inferfleet.rabbitmq_access import AMQP_FAILURES, amqp_failure, amqp_place
+from inferfleet.rabbitmq_access import AMQP_FAILURES, amqp_failure, amqp_place, ends_are_failures
 from inferfleet.records import Amqp, Headers
 
 _MAX_BODY_BYTES = 512 << 20
@@ -43,6 +43,7 @@ class Line(NamedTuple):
     connection: Connection
     tap: Tap
     channel: AbstractChannel
+    watch: asyncio.Task[None]
 
     async def consume(self, queue: str, prefetch: int) -> Arrivals:
         """Take up to ``prefetch`` messages of a queue."""
@@ -54,8 +55,9 @@ class Line(NamedTuple):
 
     async def close(self) -> None:
         """Close it within a bound: what was not acknowledged is given back, what was is gone."""
+        self.watch.cancel()
         with contextlib.suppress(*AMQP_FAILURES):
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(_CLOSE_S), ends_are_failures():
                 await self.channel.close()
                 await self.connection.close()
         self.tap.abort()
@@ -71,10 +73,18 @@ async def open_line(config: Config) -> Line:
                 connection, tap = await open_tapped(
                     options.address(url), _MAX_BODY_BYTES, f"{options.client_name} (operator)"
                 )
-                return Line(connection, tap, await connection.channel(publisher_confirms=False))
+                channel = await connection.channel(publisher_confirms=False)
+                return Line(connection, tap, channel, asyncio.create_task(_tell_the_end(tap)))
         except AMQP_FAILURES as error:
             failure = error
     raise amqp_failure(place, failure) from failure
+
+
+async def _tell_the_end(tap: Tap) -> None:
+    """Tell every channel that waits when the connection under it is gone."""
+    await tap.lost.wait()
+    for sink in list(tap.splitter.sinks.values()):
+        sink.closed()
 
 
 class _Sink:
@@ -150,6 +160,8 @@ class Confirms(_Sink):
         Raises BrokerError where the queue is missing or the broker does not confirm in time, and what ended
         the channel.
         """
+        if self._line.tap.lost.is_set():
+            raise await _end_of(self._channel)
         frame_max = self._line.connection.connection_tune.frame_max or 131_072
         pieces: list[bytes] = []
         results = [""] * len(messages)

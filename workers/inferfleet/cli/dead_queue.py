@@ -19,7 +19,7 @@ from inferfleet.cli.letters import EVERYTHING, Choice, DeadLetter, Wanted, redri
 from inferfleet.cli.pace import Pace
 from inferfleet.config import Config
 from inferfleet.errors import BrokerError
-from inferfleet.rabbitmq_access import AMQP_FAILURES, amqp_failure, amqp_place
+from inferfleet.rabbitmq_access import AMQP_FAILURES, amqp_failure, amqp_place, ends_are_failures
 
 MOST_HELD = 10_000
 """How many letters are held at a time: a broker keeps count of each."""
@@ -164,7 +164,8 @@ class DeadQueue:
         async def connected() -> T:
             line = await open_line(self._config)
             try:
-                return await work(line)
+                async with ends_are_failures():
+                    return await work(line)
             except AMQP_FAILURES as error:
                 raise amqp_failure(amqp_place(self._config), error) from error
             finally:

@@ -186,6 +186,8 @@ class Cluster:
                     "enable.partition.eof": True,
                     "allow.auto.create.topics": False,
                     "auto.offset.reset": "error",
+                    # A redrive that was broken off must not look like one that was done.
+                    "isolation.level": "read_committed",
                 }
             )
         return self._consumers[group]

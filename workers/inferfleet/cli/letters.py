@@ -230,7 +230,7 @@ class Choice:
         return False
 
     def _judge(self, letter: DeadLetter, now_ms: int) -> Verdict:
-        named = self.named & {letter.place, letter.id}
+        named = self.named & {letter.place, letter.id} if self.named else self.named
         self.found |= named
         if (self.named and not named) or not self._wanted.fits(letter):
             return "other"

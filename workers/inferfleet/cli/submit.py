@@ -61,7 +61,8 @@ def submit(
     route = session.routes.named(route_name)
     if wait and not any(each.kind in ("redis", "reply") for each in route.results):
         raise ConfigError(
-            f'route "{route.name}" keeps no results in Redis; --wait needs "redis" in its results'
+            f'route "{route.name}" keeps no results in Redis; --wait needs "redis" in its results, '
+            'or "reply" on RabbitMQ'
         )
     from inferfleet.cli.lines import read_requests, sampled
     from inferfleet.client import Client, ClientError

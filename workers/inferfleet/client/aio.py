@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from redis.exceptions import RedisError
-
 from inferfleet.client.inbox import Done, Inbox
 from inferfleet.client.outcome import ClientError, Outcome, Result, ResultTimeout, SubmitError
 from inferfleet.client.request import Inputs, Request, RequestOptions
@@ -25,7 +23,7 @@ from inferfleet.client.session import open_session
 from inferfleet.client.sync import BLOCK_MS, SWEEP_ROWS
 from inferfleet.client.window import Window
 from inferfleet.config import Config
-from inferfleet.redis_access import open_redis_async
+from inferfleet.redis_access import REDIS_ERRORS, open_redis_async
 from inferfleet.wire.stored import reply_key, result_key
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.02, 0.5
@@ -156,9 +154,10 @@ class AsyncClient:
         left = await asyncio.to_thread(self._sender.close, timeout_s) if self._sender is not None else 0
         self._inbox.end(lambda request_id: ClientError(f"request {request_id}: the client was closed"))
         if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            while not self._reader.done():
+                # redis-py may swallow a cancellation while it looks at a cluster; then it is told again.
+                self._reader.cancel()
+                await asyncio.wait([self._reader], timeout=0.1)
             await self._abandon()
         if self._redis is not None:
             await self._redis.aclose()
@@ -218,7 +217,7 @@ class AsyncClient:
         last: bytes | str = "0"
         swept_at = time.monotonic()
         delay_s = _FIRST_DELAY_S
-        while True:
+        while not self._closed:
             try:
                 for _, entries in await self._open().xread({stream: last}, count=SWEEP_ROWS, block=BLOCK_MS):
                     last = entries[-1][0]
@@ -228,7 +227,7 @@ class AsyncClient:
                     await self._sweep()
                     swept_at = time.monotonic()
                 self._trouble, delay_s = "", _FIRST_DELAY_S
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, delay_s * 2)
@@ -253,7 +252,7 @@ class AsyncClient:
             return
         try:
             body = await self._open().get(result_key(self._session.fleet, route, request_id))
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
             return
         if body is not None:
@@ -266,7 +265,7 @@ class AsyncClient:
             try:
                 body = await self._open().get(result_key(self._session.fleet, route, request_id))
                 self._trouble = ""
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 body, self._trouble = None, f"; Redis at {self._session.place.shown} does not answer: {error}"
             if body is not None:
                 return Result(request_id, route, body)
@@ -278,7 +277,7 @@ class AsyncClient:
 
     async def _abandon(self) -> None:
         """Nobody reads the stream any more; without this it would stay until its lifetime ends."""
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self._open().delete(reply_key(self._session.fleet, self._session.reply or ""))
 
     def _late(self, request_id: str, timeout_s: float) -> ResultTimeout:

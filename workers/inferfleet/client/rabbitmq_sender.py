@@ -22,7 +22,14 @@ from inferfleet.addresses import plain
 from inferfleet.client.outcome import SubmitError
 from inferfleet.client.sender import Failed, Failures, Message, Replied
 from inferfleet.errors import BrokerError, ConfigError
-from inferfleet.rabbitmq_access import AMQP_FAILURES, AmqpPlace, amqp_failure, open_amqp, refuses_for_good
+from inferfleet.rabbitmq_access import (
+    AMQP_FAILURES,
+    AmqpPlace,
+    amqp_failure,
+    ends_are_failures,
+    open_amqp,
+    refuses_for_good,
+)
 from inferfleet.wire.headers import CONTENT_TYPE
 
 KEY = "inferfleet-key"
@@ -137,7 +144,7 @@ class RabbitSender:
         while True:
             line = None
             try:
-                async with asyncio.timeout_at(gives_up_at):
+                async with asyncio.timeout_at(gives_up_at), ends_are_failures():
                     line = await self._opened(message.by_reply)
                     await line.exchange.publish(_amqp(message, line.reply_to), queue, mandatory=True)
                 self._why = ""

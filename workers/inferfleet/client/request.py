@@ -30,7 +30,7 @@ class Request:
     ``inputs`` are arrays or lists by name (first dimension: rows), a whole V2 document, or ready bytes.
     Lists of floats become FP32, of integers INT64, of text BYTES: give numpy arrays where that is not
     meant. ``deadline_ms`` is an instant in epoch milliseconds, ``priority`` 1 (highest) to 9, ``topic``
-    overrules the route's own.
+    overrules the route's own source: ``TOPIC`` or ``rabbitmq:QUEUE``.
     """
 
     inputs: Inputs | bytes

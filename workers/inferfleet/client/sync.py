@@ -17,8 +17,6 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from redis.exceptions import RedisError
-
 from inferfleet.client.inbox import Done, Inbox
 from inferfleet.client.outcome import ClientError, Outcome, Result, ResultTimeout, SubmitError
 from inferfleet.client.request import Inputs, Request, RequestOptions
@@ -27,7 +25,7 @@ from inferfleet.client.senders import Senders
 from inferfleet.client.session import open_session
 from inferfleet.client.window import Window
 from inferfleet.config import Config
-from inferfleet.redis_access import open_redis
+from inferfleet.redis_access import REDIS_ERRORS, open_redis
 from inferfleet.wire.stored import reply_key, result_key
 
 BLOCK_MS = 1000
@@ -150,7 +148,7 @@ class Client:
         keys = [result_key(self._session.fleet, route, request_id) for request_id in ids]
         try:
             bodies = _get_all(self._shared(), keys)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise ClientError(f"Redis at {self._session.place.shown} does not answer: {error}") from None
         found = zip(ids, bodies, strict=True)
         return {request_id: Result(request_id, route, body) for request_id, body in found if body is not None}
@@ -271,7 +269,7 @@ class Client:
                     self._sweep(redis)
                     swept_at = time.monotonic()
                 self._trouble, delay_s = "", _FIRST_DELAY_S
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
                 if redis is not None:
                     redis.close()
@@ -286,7 +284,7 @@ class Client:
         if self._trouble:
             return
         stream = reply_key(self._session.fleet, self._session.reply or "")
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             self._shared().xadd(stream, {"id": "", "body": ""})
 
     def _sweep(self, redis: Any) -> None:
@@ -319,7 +317,7 @@ class Client:
             return
         try:
             body = self._get(route, request_id)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             self._trouble = f"; Redis at {self._session.place.shown} does not answer: {error}"
             return
         if body is not None:
@@ -333,7 +331,7 @@ class Client:
             try:
                 body = self._get(route, request_id)
                 self._trouble = ""
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 body, self._trouble = None, f"; Redis at {self._session.place.shown} does not answer: {error}"
             if body is not None:
                 return Result(request_id, route, body)
@@ -357,6 +355,6 @@ def _get_all(redis: Any, keys: Sequence[str]) -> list[bytes | None]:
 
 def _abandon(redis: Any, stream: str) -> None:
     """Nobody reads the stream any more; without this it would stay until its lifetime ends."""
-    with contextlib.suppress(RedisError, OSError):
+    with contextlib.suppress(*REDIS_ERRORS):
         redis.delete(stream)
         redis.close()
