@@ -17,7 +17,7 @@ from confluent_kafka import Consumer
 from inferfleet.errors import Code
 from inferfleet.ports import Refusal
 from inferfleet.records import Results
-from inferfleet.redis_access import Place, connect
+from inferfleet.redis_access import Place, open_redis
 from inferfleet.results.redis import RedisResults
 from inferfleet.wire.encode import error_body
 from inferfleet.wire.stored import payload_hash
@@ -97,13 +97,14 @@ def _bytes(value: Any) -> bytes:
 class Answerer:
     """Answers every request of a source until it is left; ``held`` makes it keep requests unanswered."""
 
-    def __init__(self, source: Source, redis_url: str, fleet: str, route: str) -> None:
+    def __init__(self, source: Source, redis: str | Place, fleet: str, route: str) -> None:
+        place = redis if isinstance(redis, Place) else Place(redis)
         self.held = threading.Event()
         self.seen: list[dict[str, bytes]] = []
         self.taken: list[Taken] = []
         self._route = route
         self._source = source
-        self._outlet = RedisResults(lambda: connect(Place(redis_url)), fleet, wake=lambda: None)
+        self._outlet = RedisResults(lambda: open_redis(place), fleet, wake=lambda: None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 

@@ -12,8 +12,8 @@ from inferfleet.telemetry.metrics import REQUEST_SECONDS, BulkHistogram, Prometh
 CONTRACT = {
     "requests_total", "request_seconds", "stage_seconds", "batch_rows", "batch_seconds", "queue_rows",
     "in_flight_rows", "padding_ratio", "consumer_lag", "oldest_request_seconds", "dead_letters_total",
-    "retries_total", "redeliveries_total", "shadow_requests_total", "route_revision", "model_ready",
-    "build_info",
+    "retries_total", "redeliveries_total", "results_lost_total", "shadow_requests_total", "route_revision",
+    "model_ready", "build_info",
 }  # fmt: skip
 LABELS = {"route", "model", "version", "variant", "role", "outcome", "stage", "code", "le", "worker"}
 
@@ -33,6 +33,7 @@ def filled() -> PrometheusMetrics:
     metrics.dead_letters("r", "E_SHAPE", 2)
     metrics.retries("r", 1)
     metrics.redeliveries("r", 3)
+    metrics.results_lost("r", 6)
     metrics.shadow_outcomes("r", "2", "ok", 4)
     metrics.shadow_shed("r", "2", 5)
     metrics.route_revision("8c946b23224b")

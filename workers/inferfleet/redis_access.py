@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.connection import SSLConnection, parse_url
 from redis.credentials import CredentialProvider
+from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -29,6 +30,9 @@ from inferfleet.errors import ConfigError
 
 Credentials: TypeAlias = Callable[[], tuple[str, str]]
 """Returns user name and password, each ``""`` if there is none; asked again at each connection."""
+
+REDIS_ERRORS: tuple[type[Exception], ...] = (RedisError, RedisClusterException, OSError)
+"""What a client of any mode raises when Redis does not do as asked; the second is no ``RedisError``."""
 
 # The library's own name is not told at each connection: it would need a right that old servers do not know.
 _NAMELESS: dict[str, Any] = (

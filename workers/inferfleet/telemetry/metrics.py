@@ -147,6 +147,9 @@ class PrometheusMetrics:
         self._dead_letters = self._counter("dead_letters", "Dead letters written.", "route", "code")
         self._retries = self._counter("retries", "Further attempts.", "route")
         self._redeliveries = self._counter("redeliveries", "Records that were delivered before.", "route")
+        self._results_lost = self._counter(
+            "results_lost", "Results that Redis confirmed and did not have any more.", "route"
+        )
         self._shadow_requests = self._counter(
             "shadow_requests", "Requests answered by a shadow.", "route", "version", "outcome"
         )
@@ -227,6 +230,10 @@ class PrometheusMetrics:
     def redeliveries(self, route: str, count: int) -> None:
         """``count`` records had been delivered before."""
         self._redeliveries[(route,)].inc(count)
+
+    def results_lost(self, route: str, count: int) -> None:
+        """``count`` results had been confirmed by Redis and were gone when it was connected anew."""
+        self._results_lost[(route,)].inc(count)
 
     def shadow_outcomes(self, route: str, version: str, outcome: str, count: int) -> None:
         """``count`` requests were answered by a shadow."""
