@@ -255,3 +255,15 @@ def test_a_request_that_ends_the_process_is_found(fleet: Fleet, side: Side) -> N
     worker.wait_ready()
     worker.send_signal(signal.SIGTERM)
     assert worker.wait() == 0
+
+
+def test_until_idle_waits_for_what_comes_again(fleet: Fleet, side: Side) -> None:
+    """A worker that ends when nothing is left to do waits for its own delayed attempts too."""
+    sent = {**rows("i", 20), "never-2": AWAY}
+    side.send(sent)
+    worker = fleet.launch("w-1", "--until-idle", "1")
+    assert worker.wait(60) == 0, worker.log_tail()
+    side.wait(sent, 10)
+    assert side.code("never-2") == "E_MODEL"
+    side.wait_letters(1)
+    assert side.letters["never-2"]["inferfleet-attempt"] == "3"
