@@ -33,6 +33,8 @@ from tests.contract.rabbitmq_bench import (
     queue_name,
     read_all,
 )
+from tests.support.certificates import write_certificates
+from tests.support.process import free_ports
 from tests.support.rabbitmq_server import RabbitServer
 from tests.support.waiting import wait_until
 
@@ -456,15 +458,35 @@ def test_ten_thousand_messages_through_two_members_and_a_lost_connection(
     assert rabbitmq.depth(queue) == 0
 
 
-def test_a_node_that_is_frozen_or_killed_is_used_again(data_folder: Path) -> None:
+def with_tls(folder: Path, port: int) -> tuple[list[str], str]:
+    """Return the node's lines for a listener with TLS, and the authority that signs for it."""
+    files = write_certificates(folder)
+    return [
+        f"listeners.ssl.1 = 127.0.0.1:{port}",
+        f"ssl_options.cacertfile = {files.authority}",
+        f"ssl_options.certfile = {files.chain}",
+        f"ssl_options.keyfile = {files.key}",
+        "ssl_options.verify = verify_none",
+    ], str(files.authority)
+
+
+def test_a_node_that_is_frozen_or_killed_is_used_again(data_folder: Path, tmp_path: Path) -> None:
     """Silence is noticed by heartbeats. After a kill everything unacknowledged comes again, and is confirmed
-    or refused what was out; what was confirmed before is there.
+    or refused what was out; what was confirmed before is there. All of it by TLS.
     """
-    with RabbitServer(data_folder) as server:
+    (port,) = free_ports(1)
+    config, authority = with_tls(tmp_path / "tls", port)
+    url = f"amqps://guest:guest@127.0.0.1:{port}/"
+    with RabbitServer(data_folder, config=config) as server:
         bench = RabbitBench(server)
         topic = bench.topic()
         bench.send(topic, 0, *numbered(6))
-        link = new_link(server, heartbeat_s=1)
+        stranger = new_link(server, urls=(url,))
+        stranger.call(stranger.open, stranger.taking)
+        denied = wait_until(lambda: stranger.taking.denied, PATIENCE_S, "a strange authority is refused")
+        assert "ca_file" in denied
+        stranger.close()
+        link = new_link(server, urls=(url,), ca_file=authority, heartbeat_s=1)
         reader = Reader()
         reader.intake = RabbitIntake(link, prefetch={})
         reader.intake.subscribe([topic], reader)

@@ -24,7 +24,7 @@ from yarl import URL
 
 from inferfleet.brokers.rabbitmq_tap import Tap, open_tapped
 from inferfleet.config import Config
-from inferfleet.errors import ConfigError
+from inferfleet.errors import BrokerError, ConfigError
 from inferfleet.ports import Clock
 from inferfleet.rabbitmq_access import AMQP_FAILURES, AmqpPlace, amqp_failure, refuses_for_good
 
@@ -40,6 +40,7 @@ SILENT_HEARTBEATS = 2.5
 TICK_S = 0.25
 TOLD_AGAIN_AFTER_S = 30.0
 CLOSE_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 32 << 20
 BUFFER_BYTES = 64 << 20
 
@@ -245,7 +246,8 @@ class RabbitLink:
         _silence_libraries()
         self._thread = threading.Thread(target=self._run, name="rabbitmq", daemon=True)
         self._thread.start()
-        self._started.wait()
+        if not self._started.wait(START_TIMEOUT_S):
+            raise BrokerError("the thread for RabbitMQ did not start its event loop")
 
     def __repr__(self) -> str:
         return f"RabbitLink({self.taking!r}, {self.publishing!r})"
