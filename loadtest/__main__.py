@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -13,13 +13,32 @@ from loadtest.workloads import WORKLOADS
 _DRAINED = click.Choice(sorted(WORKLOADS))
 
 
+class Place(NamedTuple):
+    """Where to measure: existing brokers, if any, and the folder to keep."""
+
+    bootstrap: str | None
+    amqp: str | None
+    folder: Path | None
+
+    @property
+    def kafka(self) -> tuple[str | None, Path | None]:
+        """What a stage with Kafka takes."""
+        return self.bootstrap, self.folder
+
+    @property
+    def rabbitmq(self) -> tuple[str | None, Path | None]:
+        """What a stage with RabbitMQ takes."""
+        return self.amqp, self.folder
+
+
 @click.group(context_settings={"show_default": True})
 @click.option("--bootstrap", help="An existing Kafka; left out, one is started for the test.")
+@click.option("--amqp", help="The address of an existing RabbitMQ; left out, one is started for the test.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep models, settings and logs here.")
 @click.pass_context
-def main(context: click.Context, bootstrap: str | None, folder: Path | None) -> None:
+def main(context: click.Context, bootstrap: str | None, amqp: str | None, folder: Path | None) -> None:
     """Measure inferfleet on this machine, beside a bare loop in the same run."""
-    context.obj = (bootstrap, folder)
+    context.obj = Place(bootstrap, amqp, folder)
 
 
 def _show(result: Any, output: Path | None) -> None:
@@ -33,17 +52,24 @@ def _show(result: Any, output: Path | None) -> None:
 
 
 _output = click.option("--output", type=click.Path(path_type=Path), help="Write the JSON here.")
+_broker = click.option("--broker", type=click.Choice(["kafka", "rabbitmq"]), default="kafka")
 
 
 @main.command()
+@_broker
 @click.option("--workload", type=_DRAINED, default="tiny")
 @click.option("--runs", type=click.IntRange(1), default=5, help="Runs of each subject, in turn.")
 @click.option("--records", type=click.IntRange(1_000), help="Backlog size [default: the workload's own].")
-@click.option("--only", type=click.Choice(["bare", "worker"]), help="Measure one subject alone.")
+@click.option(
+    "--only",
+    type=click.Choice(["bare", "pika", "worker"]),
+    help="Measure one subject alone; on RabbitMQ the bare loop is aio-pika's, and pika's is there too.",
+)
 @_output
 @click.pass_obj
 def drain(
-    obj: tuple[str | None, Path | None],
+    obj: Place,
+    broker: str,
     workload: str,
     runs: int,
     records: int | None,
@@ -52,11 +78,23 @@ def drain(
 ) -> None:
     """Empty a backlog with the bare loop and the worker in turn; print rates and their ratio."""
     from loadtest import drain as drains
-    from loadtest import subjects
-    from loadtest.stage import stage
+    from loadtest import rabbitdrain, subjects
+    from loadtest.stage import rabbit_stage, stage
 
+    if broker == "rabbitmq":
+        bare = {"bare": rabbitdrain.AIO_PIKA, "pika": rabbitdrain.PIKA, "worker": subjects.WORKER}
+        chosen = rabbitdrain.NAMES if only is None else (bare[only],)
+        with rabbit_stage(*obj.rabbitmq) as place:
+            found = rabbitdrain.compare(
+                place, WORKLOADS[workload], runs=runs, records=records, names=chosen, tell=click.echo
+            )
+        click.echo(rabbitdrain.shown(found))
+        _show(found, output)
+        return
+    if only == "pika":
+        raise click.UsageError("--only pika needs --broker rabbitmq")
     names = {"bare": (subjects.BARE,), "worker": (subjects.WORKER,), None: subjects.NAMES}[only]
-    with stage(*obj) as on:
+    with stage(*obj.kafka) as on:
         result = drains.compare(
             on, WORKLOADS[workload], runs=runs, records=records, names=names, tell=click.echo
         )
@@ -68,12 +106,12 @@ def drain(
 @click.option("--requests", type=click.IntRange(50), default=300, help="Requests a run.")
 @_output
 @click.pass_obj
-def latency(obj: tuple[str | None, Path | None], runs: int, requests: int, output: Path | None) -> None:
+def latency(obj: Place, runs: int, requests: int, output: Path | None) -> None:
     """Send one request at a time to the bare loop and the worker; print p50 and p99 and their ratio."""
     from loadtest import latency as latencies
     from loadtest.stage import stage
 
-    with stage(*obj) as on:
+    with stage(*obj.kafka) as on:
         result = latencies.compare(on, runs=runs, requests=requests, tell=click.echo)
     _show(result, output)
 
@@ -83,12 +121,12 @@ def latency(obj: tuple[str | None, Path | None], runs: int, requests: int, outpu
 @click.option("--last", type=click.IntRange(2), default=2_000_000, help="and at this one.")
 @_output
 @click.pass_obj
-def memory(obj: tuple[str | None, Path | None], first: int, last: int, output: Path | None) -> None:
+def memory(obj: Place, first: int, last: int, output: Path | None) -> None:
     """Drain raw requests and print how much the worker's resident memory grew on the way."""
     from loadtest import memory as memories
     from loadtest.stage import stage
 
-    with stage(*obj) as on:
+    with stage(*obj.kafka) as on:
         result = memories.growth(on, first=first, last=last, tell=click.echo)
     _show(result, output)
 
@@ -103,12 +141,12 @@ def memory(obj: tuple[str | None, Path | None], first: int, last: int, output: P
 )
 @_output
 @click.pass_obj
-def scale(obj: tuple[str | None, Path | None], runs: int, records: int, output: Path | None) -> None:
+def scale(obj: Place, runs: int, records: int, output: Path | None) -> None:
     """Drain a model-bound backlog with one worker and with two; print the ratio."""
     from loadtest import scale as scales
     from loadtest.stage import stage
 
-    with stage(*obj) as on:
+    with stage(*obj.kafka) as on:
         result = scales.compare(on, runs=runs, records=records, tell=click.echo)
     _show(result, output)
 
@@ -117,12 +155,12 @@ def scale(obj: tuple[str | None, Path | None], runs: int, records: int, output: 
 @click.option("--quick", is_flag=True, help="One short run of each: to see that it works.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("loadtest/results"))
 @click.pass_obj
-def report(obj: tuple[str | None, Path | None], quick: bool, results: Path) -> None:
+def report(obj: Place, quick: bool, results: Path) -> None:
     """Run every workload and the idle latency; print a table, write JSON and a picture."""
     from loadtest import report as reports
     from loadtest.stage import stage
 
-    with stage(*obj) as on:
+    with stage(*obj.kafka) as on:
         result = reports.measure(on, quick=quick, tell=click.echo)
     reports.show(result)
     for path in reports.write(result, results):
@@ -140,11 +178,19 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) 
 
 
 @main.command("open-loop")
+@_broker
+@click.option("--count", type=click.IntRange(100), help="How many requests, in place of --seconds.")
 @click.option("--seconds", type=click.FloatRange(5), default=95.0, help="How long requests flow.")
 @click.option("--rate", type=click.FloatRange(10), default=1_500.0, help="Requests a second.")
 @click.option("--poisson", is_flag=True, help="Random gaps between requests instead of even ones.")
 @click.option("--workers", type=click.IntRange(1), default=3)
 @click.option("--kill-every", type=click.FloatRange(1), help="SIGKILL and replace a worker every S seconds.")
+@click.option(
+    "--restart-node",
+    type=click.IntRange(0),
+    default=0,
+    help="Restart RabbitMQ N times, every other by SIGKILL.",
+)
 @click.option("--sigterm", is_flag=True, help="Let the worker drain (SIGTERM) instead of killing it.")
 @click.option("--scale", callback=_sizes, help="Numbers of workers, as in 3,6,3, for parts of equal length.")
 @click.option("--protocol", type=click.Choice(["classic", "consumer"]), default="classic")
@@ -152,20 +198,47 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) 
 @click.option("--warmup", type=click.FloatRange(0), default=5.0, help="Seconds left out of the latency.")
 @_output
 @click.pass_obj
-def open_loop(obj: tuple[str | None, Path | None], /, output: Path | None, **plan: Any) -> None:
+def open_loop(obj: Place, /, broker: str, output: Path | None, **plan: Any) -> None:
     """Send at planned times while workers come and go; print what was lost, repeated, wrong or silent."""
-    from loadtest import openloop
-    from loadtest.stage import stage
-
     if plan["scale"] and plan["kill_every"]:
         raise click.UsageError("--scale and --kill-every exclude each other")
-    with stage(*obj) as on:
-        result = openloop.run(on, openloop.Plan(**plan), tell=click.echo)
-    click.echo(openloop.table(result))
+    result, text = (_open_kafka if broker == "kafka" else _open_rabbitmq)(obj, plan)
+    click.echo(text)
     if output is not None:
         _show(result, output)
     if result["shortfalls"]:
         raise SystemExit(1)
+
+
+def _open_kafka(obj: Place, plan: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    from loadtest import openloop
+    from loadtest.stage import stage
+
+    count, restarts = plan.pop("count"), plan.pop("restart_node")
+    if restarts:
+        raise click.UsageError("--restart-node needs --broker rabbitmq")
+    if count is not None:
+        plan["seconds"] = count / plan["rate"] - plan["warmup"]
+    with stage(*obj.kafka) as on:
+        result = openloop.run(on, openloop.Plan(**plan), tell=click.echo)
+    return result, openloop.table(result)
+
+
+def _open_rabbitmq(obj: Place, plan: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    from loadtest import rabbitloop
+    from loadtest.stage import rabbit_stage
+
+    count = plan["count"] or int(plan["rate"] * plan["seconds"])
+    if plan["scale"]:
+        raise click.UsageError("--scale needs --broker kafka")
+    if plan["restart_node"] and obj.amqp is not None:
+        raise click.UsageError(
+            "--restart-node works on a node that is started for the test, so not with --amqp"
+        )
+    taken = {key: plan[key] for key in rabbitloop.RabbitPlan.__dataclass_fields__ if key in plan}
+    with rabbit_stage(*obj.rabbitmq) as on:
+        result = rabbitloop.run(on, rabbitloop.RabbitPlan(**{**taken, "count": count}), tell=click.echo)
+    return result, rabbitloop.table(result)
 
 
 if __name__ == "__main__":

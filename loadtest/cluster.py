@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterable
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -47,6 +48,11 @@ class Cluster:
             if time.monotonic() > gives_up_at:
                 raise RuntimeError(f"topic {name} has no leaders after 30 s")
             time.sleep(0.05)
+
+    def create_derived(self, names: Iterable[str]) -> None:
+        """Create the topics that belong to a source, of one partition each."""
+        for name in names:
+            self.create_named(name)
 
     def _has_leaders(self, topic: str, partitions: int) -> bool:
         try:

@@ -114,7 +114,7 @@ def drain_once(on: Stage, name: str, workload: Workload, requests: str, total: i
     cluster = on.cluster
     results = cluster.create(f"{workload.name}.results")
     run = Run(workload, cluster.bootstrap, requests, results, on.folder)
-    cluster.create_named(run.dead_letters)
+    cluster.create_derived(run.derived)
     started = time.monotonic()
     subject = subjects.start(name, run, on.cores.subject)
     try:
@@ -122,7 +122,7 @@ def drain_once(on: Stage, name: str, workload: Workload, requests: str, total: i
         code = subject.terminate()
     finally:
         subject.kill()
-        cluster.delete(results, run.dead_letters)
+        cluster.delete(results, *run.derived)
     first = next(look.at for look in seen if look.answers)
     steady, per_cpu_s = steady_rates(seen, total)
     return Drain(name, total, steady, whole_rate(seen), per_cpu_s, first - started, code)
@@ -158,7 +158,7 @@ def compare(
     return summary(workload.name, done)
 
 
-def summary(workload: str, done: Sequence[Drain]) -> dict[str, Any]:
+def summary(workload: str, done: Sequence[Drain], yardstick: str = subjects.BARE) -> dict[str, Any]:
     """Return medians per subject, the worker's ratio to the bare loop, and every run.
 
     The ratio is the median over pairs of neighbouring runs: what else the machine does moves both of a pair
@@ -167,16 +167,25 @@ def summary(workload: str, done: Sequence[Drain]) -> dict[str, Any]:
     of: dict[str, list[Drain]] = {}
     for one in done:
         of.setdefault(one.subject, []).append(one)
-    pairs = list(zip(of.get(subjects.BARE, []), of.get(subjects.WORKER, []), strict=False))
     return {
         "workload": workload,
         "median_per_s": {name: statistics.median(one.steady for one in ones) for name, ones in of.items()},
         "median_per_cpu_s": {
             name: statistics.median(one.per_cpu_s for one in ones) for name, ones in of.items()
         },
+        **ratios(done, yardstick),
+        "runs": [asdict(one) for one in done],
+    }
+
+
+def ratios(done: Sequence[Drain], yardstick: str) -> dict[str, float | None]:
+    """Return the worker's ``ratio`` to a subject, and that ``per_cpu_s``; None without a pair of runs."""
+    beside = [one for one in done if one.subject == yardstick]
+    workers = [one for one in done if one.subject == subjects.WORKER]
+    pairs = list(zip(beside, workers, strict=False))
+    return {
         "ratio": _median([worker.steady / bare.steady for bare, worker in pairs]),
         "ratio_per_cpu_s": _median([worker.per_cpu_s / bare.per_cpu_s for bare, worker in pairs]),
-        "runs": [asdict(one) for one in done],
     }
 
 

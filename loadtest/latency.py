@@ -52,7 +52,7 @@ def _measure(on: Stage, name: str, count: int) -> dict[str, float]:
     cluster = on.cluster
     requests, results = cluster.create("latency.requests"), cluster.create("latency.results")
     run = subjects.Run(TINY, cluster.bootstrap, requests, results, on.folder, latency=True)
-    cluster.create_named(run.dead_letters)
+    cluster.create_derived(run.derived)
     subject = subjects.start(name, run, on.cores.subject)
     consumer = Consumer({"bootstrap.servers": cluster.bootstrap, "group.id": "loadtest-latency"})
     producer = Producer({"bootstrap.servers": cluster.bootstrap, "linger.ms": 0, "log_level": 0})
@@ -62,7 +62,7 @@ def _measure(on: Stage, name: str, count: int) -> dict[str, float]:
     finally:
         consumer.close()
         subject.kill()
-        cluster.delete(requests, results, run.dead_letters)
+        cluster.delete(requests, results, *run.derived)
     return {"p50_ms": spans[len(spans) // 2] * 1e3, "p99_ms": spans[int(len(spans) * 0.99)] * 1e3}
 
 

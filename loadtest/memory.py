@@ -27,7 +27,7 @@ def growth(
     cluster = on.cluster
     requests, results = cluster.create("memory.requests"), cluster.create("memory.results")
     run = subjects.Run(RAW, cluster.bootstrap, requests, results, on.folder)
-    cluster.create_named(run.dead_letters)
+    cluster.create_derived(run.derived)
     cluster.fill(requests, RAW, last)
     worker = subjects.start(subjects.WORKER, run, on.cores.subject)
     try:
@@ -49,5 +49,5 @@ def growth(
         tell(f"resident at {answers:,} answers: {late:,.1f} MB, {late - early:+.1f} MB")
     finally:
         worker.kill()
-        cluster.delete(requests, results, run.dead_letters)
+        cluster.delete(requests, results, *run.derived)
     return {"first": first, "last": last, "early_mb": early, "late_mb": late, "growth_mb": late - early}

@@ -90,8 +90,7 @@ def run(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str,
         results=results,
         model=squad.MODEL,
     )
-    dead_letters = f"{requests}.{fleet.name}.default.dlt"
-    cluster.create_named(dead_letters)
+    cluster.create_derived(fleet.derived)
     workers = squad.write_squad(fleet, plan.delay_ms, plan.protocol)
     planned_s = ledger.planned_times(
         plan.rate, plan.warmup + plan.seconds, poisson=plan.poisson, seed=plan.seed
@@ -107,12 +106,12 @@ def run(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str,
             _wait_answered(generator, collector)
             workers.finish()
         collector.check()
-        dead = cluster.ends(dead_letters, 1)[0]
+        dead = cluster.ends(fleet.derived[0], 1)[0]
         return _figures(plan, generator, collector, events, workers.codes, dead)
     finally:
         generator.stop()
         workers.close()
-        cluster.delete(requests, results, dead_letters)
+        cluster.delete(requests, results, *fleet.derived)
 
 
 def _stamp_on_append(cluster: Cluster, topic: str) -> None:

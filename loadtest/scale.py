@@ -38,7 +38,7 @@ def _drain(on: Stage, records: int, workers: int) -> float:
     cluster = on.cluster
     requests, results = cluster.create("scale.requests"), cluster.create("scale.results")
     run = subjects.Run(EMBED, cluster.bootstrap, requests, results, on.folder)
-    cluster.create_named(run.dead_letters)
+    cluster.create_derived(run.derived)
     everywhere = frozenset(range(os.cpu_count() or 1))
     started = [subjects.start(subjects.WORKER, run, everywhere) for _ in range(workers)]
     try:
@@ -52,4 +52,4 @@ def _drain(on: Stage, records: int, workers: int) -> float:
     finally:
         for worker in started:
             worker.kill()
-        cluster.delete(requests, results, run.dead_letters)
+        cluster.delete(requests, results, *run.derived)

@@ -42,11 +42,14 @@ class Squad:
         self.started += 1
         name = f"w-{self.started}"
         worker = Subject(name, self.config.parent / f"{name}.log")
-        env = {**os.environ, **self.settings, "INFERFLEET__WORKER__ID": name, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "inferfleet.cli", "worker", "--config", str(self.config)]
-        worker.start(command, cwd=REPOSITORY_ROOT, env=env)
+        self._launch(worker)
         self.alive.append(worker)
         return name
+
+    def _launch(self, worker: Subject) -> None:
+        env = {**os.environ, **self.settings, "INFERFLEET__WORKER__ID": worker.name, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "inferfleet.cli", "worker", "--config", str(self.config)]
+        worker.start(command, cwd=REPOSITORY_ROOT, env=env)
 
     def kill(self, at: int = 0) -> str:
         """End a worker at once (SIGKILL) and return its name."""
@@ -65,6 +68,13 @@ class Squad:
         """Raise with the end of its log when a worker has ended that nobody ended."""
         for worker in self.alive:
             worker.check()
+
+    def revive(self) -> list[str]:
+        """Start every worker again that has ended by itself, as a supervisor does; return their names."""
+        ended = [worker for worker in self.alive if not worker.running]
+        for worker in ended:
+            self._launch(worker)
+        return [worker.name for worker in ended]
 
     def wait_members(self, admin: AdminClient, count: int, timeout_s: float = 60.0) -> None:
         """Return once ``count`` members of the group hold partitions."""
@@ -97,7 +107,7 @@ class Squad:
         self.draining.clear()
 
 
-def write_squad(fleet: Fleet, delay_ms: float, protocol: str) -> Squad:
+def write_squad(fleet: Fleet, delay_ms: float, protocol: str = "") -> Squad:
     """Write the checksum model and the settings beside ``fleet.repository``; return an empty squad.
 
     Each batch takes ``delay_ms`` in the model, so that rows are in flight at any instant.
@@ -105,7 +115,8 @@ def write_squad(fleet: Fleet, delay_ms: float, protocol: str) -> Squad:
     fleet.repository.mkdir(parents=True, exist_ok=True)
     write_checksum_model(Repository(fleet.repository), fleet.model, "1", delay_ms_per_batch=delay_ms)
     config = write_fleet(fleet, fleet.repository.parent)
-    return Squad(config, f"{fleet.name}.default", {"INFERFLEET__KAFKA__GROUP_PROTOCOL": protocol})
+    settings = {"INFERFLEET__KAFKA__GROUP_PROTOCOL": protocol} if protocol else {}
+    return Squad(config, f"{fleet.name}.default", settings)
 
 
 def members(admin: AdminClient, group: str) -> int:

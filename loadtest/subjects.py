@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from loadtest.bareloop import Job
-from loadtest.workloads import Fleet, Workload, write_fleet, write_model
+from loadtest.workloads import Fleet, Workload, derived, write_fleet, write_model
 from tests.support.process import ServerProcess
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +89,9 @@ class Run:
         return self.results.rsplit(".", 1)[-1]
 
     @property
-    def dead_letters(self) -> str:
-        """The topic that the worker's route needs for dead letters; nothing should ever go there."""
-        return f"{self.requests}.lt-{self.name}.default.dlt"
+    def derived(self) -> list[str]:
+        """The topics of dead letters and retries that the worker's route needs; nothing should go there."""
+        return derived(self.requests, f"lt-{self.name}.default")
 
 
 def start(subject: str, run: Run, cores: frozenset[int]) -> Subject:

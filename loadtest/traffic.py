@@ -58,24 +58,19 @@ def is_right(number: int, value: bytes) -> bool:
         return False
 
 
-class Generator:
-    """Sends request ``n`` to partition ``n % partitions`` at ``planned_s[n]``, whatever the answers do.
+class Planned:
+    """Sends request ``n`` at ``planned_s[n]`` from a thread of its own, whatever the answers do.
 
-    ``sent_ms`` says when each was handed to the client (NaN: not yet), ``sent`` how many were.
+    ``sent_ms`` says when each was handed over (NaN: not yet), ``sent`` how many were. Whoever inherits says
+    how one is sent, what is done in between, and how to wait until all have left.
     """
 
-    def __init__(self, bootstrap: str, topic: str, planned_s: Instants, partitions: int) -> None:
+    def __init__(self, planned_s: Instants) -> None:
         self.planned_s = planned_s
         self.sent_ms = np.full(len(planned_s), np.nan)
         self.sent = 0
-        self.refused: list[str] = []
-        self._topic = topic
-        self._partitions = partitions
         self._failure: BaseException | None = None
         self._stop = threading.Event()
-        self._producer = Producer(
-            {"bootstrap.servers": bootstrap, "linger.ms": 1, "enable.idempotence": True, "log_level": 0}
-        )
         self._thread = threading.Thread(target=self._main, name="generator", daemon=True)
 
     def start(self) -> None:
@@ -111,10 +106,6 @@ class Generator:
         if self._thread.ident is not None:
             self._thread.join(60)
 
-    def sent_to(self, partition: int) -> int:
-        """Return how many requests were handed over for a partition."""
-        return (self.sent - partition + self._partitions - 1) // self._partitions
-
     def _main(self) -> None:
         try:
             self._send_all()
@@ -122,27 +113,61 @@ class Generator:
             self._failure = error
 
     def _send_all(self) -> None:
-        produce, poll, sent_ms = self._producer.produce, self._producer.poll, self.sent_ms
-        topic, partitions = self._topic, self._partitions
+        sent_ms = self.sent_ms
         for number, due_s in enumerate(self.planned_s.tolist()):
             while (ahead_s := due_s - self.now_s) > 0:
-                poll(0)
+                self._idle()
                 time.sleep(min(ahead_s, _LONGEST_NAP_S))
                 if self._stop.is_set():
                     return
-            name = b"%d" % number
-            produce(
-                topic,
-                body_of(number),
-                name,
-                number % partitions,
-                on_delivery=self._delivered,
-                headers=[("inferfleet-id", name)],
-            )
+            self._send(number)
             sent_ms[number] = self.epoch_ms(self.now_s)
             self.sent = number + 1
+        self._flush()
+
+    def _send(self, number: int) -> None:
+        raise NotImplementedError
+
+    def _idle(self) -> None:
+        """Do what the client needs between two requests."""
+
+    def _flush(self) -> None:
+        """Wait until everything has left."""
+
+
+class Generator(Planned):
+    """Sends request ``n`` to partition ``n % partitions`` of a Kafka topic at its planned time."""
+
+    def __init__(self, bootstrap: str, topic: str, planned_s: Instants, partitions: int) -> None:
+        super().__init__(planned_s)
+        self.refused: list[str] = []
+        self._topic = topic
+        self._partitions = partitions
+        self._producer = Producer(
+            {"bootstrap.servers": bootstrap, "linger.ms": 1, "enable.idempotence": True, "log_level": 0}
+        )
+
+    def sent_to(self, partition: int) -> int:
+        """Return how many requests were handed over for a partition."""
+        return (self.sent - partition + self._partitions - 1) // self._partitions
+
+    def _send(self, number: int) -> None:
+        name = b"%d" % number
+        self._producer.produce(
+            self._topic,
+            body_of(number),
+            name,
+            number % self._partitions,
+            on_delivery=self._delivered,
+            headers=[("inferfleet-id", name)],
+        )
+
+    def _idle(self) -> None:
+        self._producer.poll(0)
+
+    def _flush(self) -> None:
         if left := self._producer.flush(30):
-            raise RuntimeError(f"{left} requests could not be written to {topic} within 30 s")
+            raise RuntimeError(f"{left} requests could not be written to {self._topic} within 30 s")
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from inferfleet.config import Retry
 from inferfleet.models import manifest
 from loadtest import words
 
@@ -167,7 +168,11 @@ def write_model(workload: Workload, repository: Path, version: str = "1") -> Pat
 
 @dataclass(frozen=True)
 class Fleet:
-    """Where one run of a worker gets its requests, and how it batches."""
+    """Where one run of a worker gets its requests, and how it batches.
+
+    With ``rabbitmq``, a node's address, ``requests`` is a queue and ``results`` an exchange, a slash and a
+    routing key; otherwise both are topics of the Kafka at ``bootstrap``.
+    """
 
     name: str
     bootstrap: str
@@ -179,16 +184,25 @@ class Fleet:
     worker_id: str = "w-1"
     model: str = ""
     producer: dict[str, int | str] = field(default_factory=dict)
+    rabbitmq: str = ""
+
+    @property
+    def derived(self) -> list[str]:
+        """The topics or queues that belong to the source; see :func:`derived`."""
+        group = f"{self.name}.default"
+        ready = [f"{self.requests}.{group}.retry.ready"] if self.rabbitmq else []
+        return derived(self.requests, group) + ready
+
+
+def derived(source: str, group: str) -> list[str]:
+    """Return the topic or queue of dead letters, then those of retries; nothing should ever go there."""
+    return [f"{source}.{group}.dlt", *(f"{source}.{group}.retry.{delay}" for delay in Retry().delays_ms)]
 
 
 _FLEET_TOML = """\
 [fleet]
 name = "{fleet.name}"
-[kafka]
-bootstrap_servers = "{fleet.bootstrap}"
-start = "earliest"
-[kafka.producer]
-{producer}
+{broker}
 [models]
 repository = "{fleet.repository}"
 trusted = ["{fleet.model}"]
@@ -206,11 +220,22 @@ max_queue_delay_ms = {fleet.max_queue_delay_ms}
 format = "json"
 """
 
+_KAFKA_TOML = """\
+[kafka]
+bootstrap_servers = "{fleet.bootstrap}"
+start = "earliest"
+[kafka.producer]
+{producer}"""
+
+_RABBITMQ_TOML = """\
+[rabbitmq]
+url = "{fleet.rabbitmq}\""""
+
 _ROUTES_TOML = """\
 [[route]]
-name = "{name}"
-source = "kafka:{fleet.requests}"
-results = ["kafka:{fleet.results}"]
+name = "load"
+source = "{broker}:{fleet.requests}"
+results = ["{broker}:{fleet.results}"]
 model = "{fleet.model}"
 version = "1"
 """
@@ -220,7 +245,9 @@ def write_fleet(fleet: Fleet, folder: Path) -> Path:
     """Write ``routes.toml`` and ``fleet.toml`` into ``folder`` and return the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
     producer = "\n".join(f'"{key}" = {json.dumps(value)}' for key, value in fleet.producer.items())
-    (folder / "routes.toml").write_text(_ROUTES_TOML.format(name="load", fleet=fleet))
+    section = _RABBITMQ_TOML if fleet.rabbitmq else _KAFKA_TOML
+    broker = "rabbitmq" if fleet.rabbitmq else "kafka"
+    (folder / "routes.toml").write_text(_ROUTES_TOML.format(broker=broker, fleet=fleet))
     path = folder / "fleet.toml"
-    path.write_text(_FLEET_TOML.format(fleet=fleet, producer=producer))
+    path.write_text(_FLEET_TOML.format(fleet=fleet, broker=section.format(fleet=fleet, producer=producer)))
     return path
