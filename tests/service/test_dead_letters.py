@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from confluent_kafka import Producer
-from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 
 from inferfleet.cli import cli
 from inferfleet.cli.amqp_line import Confirms, open_line
@@ -295,20 +294,22 @@ def test_a_letter_goes_again_only_by_name_and_on_purpose(kafka_grave: KafkaGrave
     assert "has no dead letter at 0:2" in run(kafka_grave, "show", "r", "0:2", code=1).stderr
 
 
-def test_a_letter_too_large_for_the_retry_topic_stays_alone(kafka_grave: KafkaGrave) -> None:
+def test_a_letter_too_large_for_the_retry_topic_stays_alone(kafka: KafkaServer, tmp_path: Path) -> None:
     """Its neighbours go; it is named with the reason and can be sent when the topic has been mended."""
-    topic = kafka_grave.fleet.retries("r", FIRST_DELAY_MS)
-    small = ConfigEntry("max.message.bytes", "4000", incremental_operation=AlterConfigOpType.SET)
-    changed = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[small])
-    admin = kafka_grave.fleet.kafka.admin()
-    admin.incremental_alter_configs([changed])[changed].result(10)
-    kafka_grave.bury(*(Letter(f"a{n}", body=b"x" * (6000 if n == 3 else 10)) for n in range(6)))
-    said = run(kafka_grave, "redrive", "r", "--yes", code=1)
+    with Fleet(tmp_path, kafka) as fleet:
+        fleet.route("r", model="m")
+        fleet.write()
+        kafka.create_topics({fleet.dead_letters("r"): 1})
+        kafka.create_topics({fleet.retries("r", FIRST_DELAY_MS): 1}, config={"max.message.bytes": "4000"})
+        grave = KafkaGrave(fleet)
+        grave.bury(*(Letter(f"a{n}", body=b"x" * (6000 if n == 3 else 10)) for n in range(6)))
+        said = run(grave, "redrive", "r", "--yes", code=1)
 
-    assert "sent 5" in said.stdout, said.output
-    assert "1 refused and kept; the first is 0:3" in said.stderr
-    named = sorted(each.header("inferfleet-id").decode() for each in kafka_grave.retried())
-    assert named == ["a0", "a1", "a2", "a4", "a5"]
+        assert "sent 5" in said.stdout, said.output
+        assert "1 refused and kept; the first is 0:3" in said.stderr
+        named = sorted(each.header("inferfleet-id").decode() for each in grave.retried())
+        assert named == ["a0", "a1", "a2", "a4", "a5"]
+        assert [each["id"] for each in listed(grave) if not each["redriven"]] == ["a3"]
 
 
 # RabbitMQ: a queue that is only looked at by taking

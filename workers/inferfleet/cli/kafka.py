@@ -179,6 +179,8 @@ class Cluster:
             self._consumers[group] = Consumer(
                 {
                     **self._client,
+                    # It reads to an end and stops: a broker need not wait there for more.
+                    "fetch.wait.max.ms": 20,
                     **self._consumer_overrides,
                     "group.id": group,
                     "enable.auto.commit": False,
