@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferfleet.brokers.rabbitmq_columns import columns
-from inferfleet.brokers.rabbitmq_tables import Table, write_properties, write_table
+from inferfleet.brokers.rabbitmq_properties import write_properties
+from inferfleet.brokers.rabbitmq_tables import Table, write_table
 from inferfleet.records import Amqp, Chunk, Header, Headers, Origin, Stream
 from inferfleet.wire.headers import ID
 from inferfleet.worker.deadletter import origin_of
