@@ -67,6 +67,10 @@ class Stored:
         with self._redis.client() as client:
             return dict(json.loads(client.get(result_key(self._fleet.name, ROUTE, name)) or b"{}"))
 
+    def answered(self, names: Iterable[str]) -> list[str]:
+        """Return the ids that have an answer."""
+        return [name for name in names if "outputs" in self[name]]
+
     def wait(self, names: Iterable[str], member: str) -> None:
         """Return once the outcome of every id has a member: ``outputs`` or ``code``."""
         left = set(names)
@@ -108,9 +112,12 @@ def test_a_mended_model_answers_what_it_failed(fleet: Fleet, broker: str, redis_
         stored.wait(sent.keys() - failed.keys(), "outputs")
         assert {stored[name]["code"] for name in failed} == {"E_MODEL"}
         (fleet.folder / "mended").touch()
-        assert fleet.run("dlt", "redrive", ROUTE, "--yes").stdout.endswith("sent 5\n")
-        stored.wait(failed, "outputs")
-        assert fleet.run("dlt", "redrive", ROUTE, "--yes").stdout.endswith("sent 0\n")
+        assert fleet.run("dlt", "redrive", ROUTE, "--yes", "--limit", "3").stdout.endswith("sent 3\n")
+        wait_until(lambda: len(stored.answered(failed)) == 3, 60, "three are answered", every_s=0.1)
+    assert fleet.run("dlt", "redrive", ROUTE, "--yes").stdout.endswith("sent 2\n")
+    assert fleet.run("dlt", "redrive", ROUTE, "--yes").stdout.endswith("sent 0\n")
+    # A transaction's end is an offset without a record: nothing that a worker waits for.
+    assert fleet.launch("w-2", "--until-idle", "0.5").wait(60) == 0
 
     for name, row in sent.items():
         assert tuple(stored[name]["outputs"][0]["data"]) == expected_checksum("1", row)
