@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPError
 
 from loadtest.workloads import Fleet, Workload
 from tests.support.rabbitmq_publisher import Outgoing, SteadyPublisher
@@ -73,11 +73,9 @@ class Rabbit(RabbitQueues):
             raise RuntimeError(f"topics plan --apply failed:\n{done.stdout}{done.stderr}")
 
     def delete(self, ends: Ends) -> None:
-        """Delete what :meth:`create` made, unless the node is gone."""
-        derived = self._made.pop(ends).derived
-        with contextlib.suppress(AMQPConnectionError):
-            self.delete_queue(*ends, *derived)
-            self.delete_exchange(ends.exchange)
+        """Delete what :meth:`create` made."""
+        self.delete_queue(*ends, *self._made.pop(ends).derived)
+        self.delete_exchange(ends.exchange)
 
     def close(self) -> None:
         """Delete all that is left."""

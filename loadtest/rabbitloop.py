@@ -16,7 +16,7 @@ from typing import Any
 
 from loadtest import ledger, squad
 from loadtest.ledger import Arrival, Instants, Tally
-from loadtest.rabbit import Depth, Rabbit
+from loadtest.rabbit import Depth, Ends, Rabbit
 from loadtest.squad import Squad
 from loadtest.stage import RabbitStage
 from loadtest.subjects import on_cores
@@ -154,43 +154,53 @@ def run(on: RabbitStage, plan: RabbitPlan, tell: Callable[[str], None] = print) 
     """Run the plan with real workers on fresh queues; return figures and ``shortfalls`` (none: all holds)."""
     rabbit = on.rabbit
     ends = rabbit.ends("openloop")
-    requests, results = ends
     fleet = Fleet(
         name=f"lt-{ends.run}",
         bootstrap="",
         repository=on.folder / f"openloop-{ends.run}" / "models",
-        requests=requests,
+        requests=ends.requests,
         results=ends.destination,
         model=squad.MODEL,
         rabbitmq=rabbit.url,
     )
     workers = squad.write_squad(fleet, plan.delay_ms)
-    rabbit.create(ends, fleet, workers.config)
-    try:
-        with (
-            on_cores(frozenset(range(os.cpu_count() or 1))),
-            SteadyPublisher(rabbit.url) as publisher,
-            # The kernel ends a node whose starting thread has ended, so the thread that restarts it stays.
-            ThreadPoolExecutor(1, "node-keeper") as keeper,
-        ):
-            generator = RabbitGenerator(publisher, requests, plan.times())
-            for _ in range(plan.workers):
-                workers.start()
-            wait_until(lambda: rabbit.consumers(requests) >= plan.workers, 60, "every worker consumes")
-            director = _Director(on, plan, workers, generator, results, keeper, tell)
-            try:
-                course = director.direct()
-                _wait_quiet(rabbit, requests, results, plan.count)
-                workers.finish()
-            finally:
-                generator.stop()
-            left = {name: rabbit.depth(name) for name in (requests, *fleet.derived)}
-            outcomes = list(_arrivals(rabbit, results))
-            course.count_unanswered([each.number for each in outcomes])
-            return _figures(plan, course, outcomes, left, workers.codes, publisher)
-    finally:
-        workers.close()
-        rabbit.delete(ends)
+    # The kernel ends a node whose starting thread has ended, so the thread that restarts it stays to the end.
+    with ThreadPoolExecutor(1, "node-keeper") as keeper:
+        rabbit.create(ends, fleet, workers.config)
+        try:
+            return _run(on, plan, ends, fleet, workers, keeper, tell)
+        finally:
+            workers.close()
+            rabbit.delete(ends)
+
+
+def _run(
+    on: RabbitStage,
+    plan: RabbitPlan,
+    ends: Ends,
+    fleet: Fleet,
+    workers: Squad,
+    keeper: ThreadPoolExecutor,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    rabbit, (requests, results) = on.rabbit, ends
+    everywhere = frozenset(range(os.cpu_count() or 1))
+    with on_cores(everywhere), SteadyPublisher(rabbit.url) as publisher:
+        generator = RabbitGenerator(publisher, requests, plan.times())
+        for _ in range(plan.workers):
+            workers.start()
+        wait_until(lambda: rabbit.consumers(requests) >= plan.workers, 60, "every worker consumes")
+        director = _Director(on, plan, workers, generator, results, keeper, tell)
+        try:
+            course = director.direct()
+            _wait_quiet(rabbit, requests, results, plan.count)
+            workers.finish()
+        finally:
+            generator.stop()
+        left = {name: rabbit.depth(name) for name in (requests, *fleet.derived)}
+        outcomes = list(_arrivals(rabbit, results))
+        course.count_unanswered([each.number for each in outcomes])
+        return _figures(plan, course, outcomes, left, workers.codes, publisher)
 
 
 @dataclass
