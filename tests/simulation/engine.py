@@ -8,8 +8,13 @@ from queue import Empty, SimpleQueue
 
 from inferfleet.ports import Clock
 from inferfleet.records import Batch, Tensors
-from inferfleet.testing.puppet import PuppetModel
+from inferfleet.testing.puppet import PuppetError, PuppetModel, Script
 from inferfleet.worker.engine import BatchRunner, Engine, Finished, News
+from tests.simulation.traffic import FLAKY, KILLER
+
+
+class KilledError(BaseException):
+    """The process has ended, in the middle of whatever it did."""
 
 
 class VirtualNews(SimpleQueue):  # type: ignore[type-arg]
@@ -32,15 +37,28 @@ class VirtualNews(SimpleQueue):  # type: ignore[type-arg]
 
 
 class SimModel(PuppetModel):
-    """A puppet that can stumble: the next ``stumbles`` runs fail for no reason of any request."""
+    """A puppet that can stumble: the next ``stumbles`` runs fail for no reason of any request.
+
+    While ``broken`` every run fails. ``attempts`` says how many attempts a request has had, by its number.
+    """
 
     stumbles = 0
+    broken = False
+
+    def __init__(self, version: str, script: Script, *, attempts: Callable[[int], int]) -> None:
+        super().__init__(version, script)
+        self._attempts = attempts
 
     def run(self, tensors: Tensors, rows: int) -> Tensors:
         """Run, or stumble."""
         if self.stumbles:
             self.stumbles -= 1
             raise RuntimeError("a passing fault")
+        if self.broken:
+            raise PuppetError("it fails on everything")
+        for first, number, times, *_ in tensors["x"]:
+            if first == FLAKY and self._attempts(int(number)) <= times:
+                raise PuppetError("not yet", retryable=True)
         return super().run(tensors, rows)
 
 
@@ -64,6 +82,8 @@ class SimEngine(Engine):
 
     def finish(self, seconds: float = 0.01) -> None:
         """Run the oldest batch; its result arrives as news."""
+        if (self.queued[0].tensors()["x"][:, 0] == KILLER).any():
+            raise KilledError
         result = self._runner.run(self.queued.popleft())
         result.seconds = seconds
         self._news.put(Finished(self, result))

@@ -10,17 +10,27 @@ import pytest
 from inferfleet.brokers.memory_group import Group
 from inferfleet.core.admission import Admission
 from inferfleet.core.batcher import Batcher
+from inferfleet.core.brake import Brake
 from inferfleet.core.ledger import Ledger
+from inferfleet.core.quarantine import CONDEMNED_AT
+from inferfleet.core.retry import RetryPolicy
 from inferfleet.ports import Refusal, RefusalKind
 from inferfleet.records import Answer, Batch, BatchResult, Chunk, Stream
 from inferfleet.results.memory import MemoryResults
+from inferfleet.testing.marks import MemoryMarks
 from inferfleet.wire.encode import AnswerWriter
-from inferfleet.worker import failing
+from inferfleet.worker import failing, reading
+from inferfleet.worker.brakes import Brakes
+from inferfleet.worker.careful import Careful, Screened
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.engine import BatchRunner
+from inferfleet.worker.failing import Failing
 from inferfleet.worker.loop import WorkerLoop
+from inferfleet.worker.reading import Reading
+from inferfleet.worker.retries import restore
 from inferfleet.worker.settling import EnvelopeReceipt, ResultReceipt
 from tests.simulation.audit import ViolationError
+from tests.simulation.worker import WatchedIntake, WatchedRetries
 from tests.simulation.world import World
 
 MOST_SEEDS = 100
@@ -230,6 +240,132 @@ def two_members_own_one_stream(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Group, "claim", claim)
 
 
+def settles_what_waits_before_it_is_written(patch: pytest.MonkeyPatch) -> None:
+    """A record that goes on to another attempt is settled when that is handed over."""
+    right = EnvelopeReceipt.__init__
+
+    def init(self: EnvelopeReceipt, settling: Any, envelopes: Any, rows: Any) -> None:
+        right(self, settling, envelopes, rows)
+        if envelopes.destination in settling.plan.retries:
+            self.left = -1
+            settling.open -= 1
+
+    patch.setattr(EnvelopeReceipt, "__init__", init)
+
+
+def forgets_where_a_retry_stood(patch: pytest.MonkeyPatch) -> None:
+    """Another attempt is written without its origin."""
+    right = failing.retry_headers
+
+    def short(*given: Any, **options: Any) -> list[Any]:
+        return [each for each in right(*given, **options) if not each[0].startswith("inferfleet-origin-")]
+
+    patch.setattr(failing, "retry_headers", short)
+
+
+def takes_a_retry_for_a_first_attempt(patch: pytest.MonkeyPatch) -> None:
+    """What comes from a retry topic is read as it stands there."""
+    patch.setattr(reading, "restore", does())
+
+
+def believes_what_a_caller_says_of_attempts(patch: pytest.MonkeyPatch) -> None:
+    """Headers of the source are read as if nobody but us could write them."""
+    right = Reading.read
+
+    def believing(self: Reading, plan: Any, chunk: Chunk) -> None:
+        if plan is not None and chunk.stream.source == plan.source:
+            restore(chunk)
+        right(self, plan, chunk)
+
+    patch.setattr(Reading, "read", believing)
+
+
+def tries_again_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """The attempts that a request has had are not counted."""
+    right = RetryPolicy.decide
+    patch.setattr(RetryPolicy, "decide", lambda self, **given: right(self, **given | {"attempt": 1}))
+
+
+def tries_again_what_cannot_pass(patch: pytest.MonkeyPatch) -> None:
+    """Whatever a model fails gets all its attempts."""
+    right = Failing.fail
+
+    def hopeful(self: Failing, plan: Any, failures: Any, **given: Any) -> None:
+        right(self, plan, failures, **given | {"retryable": [True] * len(failures.rows)})
+
+    patch.setattr(Failing, "fail", hopeful)
+
+
+def loses_what_is_too_large_for_another_attempt(patch: pytest.MonkeyPatch) -> None:
+    """A retry topic has no room for it, and that is all."""
+    patch.setattr(Failing, "give_up", does())
+
+
+def takes_retries_before_their_time(patch: pytest.MonkeyPatch) -> None:
+    """A retry topic is read like any other: nothing waits, and nothing is ever due."""
+    patch.setattr(WatchedRetries, "_due", lambda _, chunk: chunk)
+
+
+def skips_what_is_not_due(patch: pytest.MonkeyPatch) -> None:
+    """The records behind the first that must wait are not come back to."""
+    patch.setattr(WatchedIntake, "defer", does())
+
+
+def brakes_and_lets_all_pass(patch: pytest.MonkeyPatch) -> None:
+    """The route is paused, and what fails ends all the same."""
+    right = Brakes.passed
+
+    def leaky(self: Brakes, route: str, failures: Any, answered: int) -> Any:
+        right(self, route, failures, answered)
+        self._withheld.clear()
+        return failures
+
+    patch.setattr(Brakes, "passed", leaky)
+
+
+def never_brakes(patch: pytest.MonkeyPatch) -> None:
+    """Failures in a row are not counted."""
+    patch.setattr(Brake, "_judge", does())
+
+
+def forgets_what_it_held_back(patch: pytest.MonkeyPatch) -> None:
+    """A route that is resumed goes on without what failed before."""
+    patch.setattr(Brakes, "released", _after(Brakes.released, lambda _: []))
+
+
+def remembers_no_crash(patch: pytest.MonkeyPatch) -> None:
+    """Each life of a process begins as if the one before had ended well."""
+    patch.setattr(MemoryMarks, "load", does())
+
+
+def condemns_at_the_first_crash(patch: pytest.MonkeyPatch) -> None:
+    """All that was in flight is answered without running."""
+    patch.setattr(Careful, "__init__", _after(Careful.__init__, does(), _all_condemned))
+
+
+def gives_a_suspect_company(patch: pytest.MonkeyPatch) -> None:
+    """Suspects run together with everybody else, and the crash is everybody's."""
+    patch.setattr(Careful, "screen", lambda _, batch: Screened([], [], batch))
+
+
+def _all_condemned(careful: Careful) -> None:
+    quarantine = careful._quarantine
+    quarantine._condemned |= dict.fromkeys(quarantine._suspects, CONDEMNED_AT)
+    quarantine._suspects.clear()
+
+
+def _after(right: Callable[..., Any], result: Callable[..., Any], then: Any = None) -> Callable[..., Any]:
+    """Return ``right`` with ``result`` made of what it returns, and ``then`` told of its object."""
+
+    def instead(self: Any, *given: Any, **options: Any) -> Any:
+        found = right(self, *given, **options)
+        if then is not None:
+            then(self)
+        return result(found)
+
+    return instead
+
+
 BUGS: dict[Patch, str] = {
     settles_at_the_hand_over: "I1 I5",
     settles_what_the_topic_refused: "I1 I5 I12",
@@ -251,6 +387,21 @@ BUGS: dict[Patch, str] = {
     takes_without_a_bound: "I14",
     changes_a_stored_answer: "I2",
     two_members_own_one_stream: "broker",
+    settles_what_waits_before_it_is_written: "I5",
+    forgets_where_a_retry_stood: "I12",
+    takes_a_retry_for_a_first_attempt: "I3 I12",
+    believes_what_a_caller_says_of_attempts: "I3 I12",
+    tries_again_for_ever: "I2 I6 I12",
+    tries_again_what_cannot_pass: "I12",
+    loses_what_is_too_large_for_another_attempt: "I1 I5",
+    takes_retries_before_their_time: "delay",
+    skips_what_is_not_due: "I1 I5",
+    brakes_and_lets_all_pass: "I12",
+    never_brakes: "I12",
+    forgets_what_it_held_back: "I6",
+    remembers_no_crash: "I12",
+    condemns_at_the_first_crash: "I12",
+    gives_a_suspect_company: "I12",
 }
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
+from inferfleet.brokers.delayed import DelayedIntake
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_intake import MemoryIntake
 from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config
-from inferfleet.control.pauses import LocalPauses
 from inferfleet.core.retry import RetryPolicy
-from inferfleet.ports import IntakeListener
+from inferfleet.naming import retry_group, retry_topics
+from inferfleet.ports import Clock, IntakeListener, PauseBoard
 from inferfleet.records import Chunk, Stream
 from inferfleet.results.memory import MemoryResults
 from inferfleet.routes import RouteTable
@@ -22,12 +23,14 @@ from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
 from inferfleet.testing.marks import MemoryMarks
 from inferfleet.testing.puppet import Script
+from inferfleet.wire.headers import NOT_BEFORE
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.loop import LoopOptions, WorkerLoop
 from inferfleet.worker.plan import RoutePlan
-from tests.simulation.audit import ViolationError
+from inferfleet.worker.sources import Sources
+from tests.simulation.audit import Audit, ViolationError
 from tests.simulation.engine import SimEngine, SimModel, VirtualNews
 from tests.simulation.traffic import POISON
 
@@ -48,6 +51,7 @@ class WatchedIntake(MemoryIntake):
         super().__init__(broker, group)
         self.seen: Counter[str] = Counter()
         self.taken: dict[Stream, list[Chunk]] = {}
+        self.notes_itself = True
         self._let_go = let_go
 
     def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
@@ -55,9 +59,14 @@ class WatchedIntake(MemoryIntake):
 
     def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
         chunks = super().take(max_records, max_bytes, max_wait_s)
+        if self.notes_itself:
+            self.note(chunks)
+        return chunks
+
+    def note(self, chunks: list[Chunk]) -> None:
+        """Remember what was given out."""
         for chunk in chunks:
             self.taken.setdefault(chunk.stream, []).append(chunk)
-        return chunks
 
     def expel(self) -> None:
         self.give_back(list(self.taken))
@@ -100,6 +109,53 @@ class WatchedIntake(MemoryIntake):
                 raise ViolationError(f"I2: {stream} is finished up to {end}; the revoke settles {known}")
 
 
+class WatchedRetries(DelayedIntake):
+    """Delayed retries over a watched intake, which is told what is left of its chunks."""
+
+    def __init__(self, inner: WatchedIntake, clock: Clock) -> None:
+        super().__init__(inner, clock)
+        inner.notes_itself = False
+        self._watched = inner
+
+    def take(self, max_records: int, max_bytes: int, max_wait_s: float) -> list[Chunk]:
+        chunks = super().take(max_records, max_bytes, max_wait_s)
+        self._watched.note(chunks)
+        now_ms = self._clock.utc_ms()
+        for chunk in chunks:
+            for headers in chunk.headers:
+                due_ms = int(dict(headers or ())[NOT_BEFORE] or b"")
+                if due_ms > now_ms:
+                    raise ViolationError(f"delay: {chunk} is taken at {now_ms}, and due at {due_ms}")
+        return chunks
+
+
+class PoolPauses:
+    """The pauses of a pool, as one of its workers sees them: ``shared`` is the same for all."""
+
+    def __init__(self, shared: dict[str, str]) -> None:
+        self._shared = shared
+        self._routes: frozenset[str] = frozenset()
+
+    def watch(self, routes: Collection[str]) -> None:
+        """Follow exactly these routes from now on."""
+        self._routes = frozenset(routes)
+
+    def current(self) -> Mapping[str, str]:
+        """Return the paused ones of the routes that are watched."""
+        return {route: why for route, why in self._shared.items() if route in self._routes}
+
+    def pause(self, route: str, reason: str) -> None:
+        """Pause a route for the pool."""
+        self._shared.setdefault(route, reason)
+
+    def resume(self, route: str) -> None:
+        """Take the pause away."""
+        self._shared.pop(route, None)
+
+    def close(self) -> None:
+        """The pauses outlive this worker."""
+
+
 class _Witness:
     """Hears the news first, and checks what the loop makes of a revoke."""
 
@@ -137,17 +193,25 @@ class SimWorker:
         clock: FakeClock,
         results: MemoryResults,
         options: LoopOptions,
-        let_go: Callable[[Stream, int], None],
+        audit: Audit,
+        pauses: PauseBoard,
+        marks: MemoryMarks,
     ) -> None:
         self.name = name
         self._config = msgspec.structs.replace(config, worker=msgspec.structs.replace(config.worker, id=name))
         self.options = options
-        self.intake = WatchedIntake(broker, config.group, let_go)
+        self.watched = [
+            WatchedIntake(broker, config.group, audit.may_repeat),
+            WatchedIntake(broker, retry_group(config, config.worker.pool), audit.may_repeat),
+        ]
+        source, retries = self.watched
+        delayed = WatchedRetries(retries, clock)
+        self.intake = Sources(source, delayed, None, retry_topics(config), clock)
         self.outlet = MemoryOutlet(broker, holding=True)
         self.results = results
         self.news = VirtualNews()
         metrics = PrometheusMetrics()
-        brakes = Brakes(LocalPauses(), config.brake.consecutive, config.brake.share)
+        brakes = Brakes(pauses, config.brake.consecutive, config.brake.share)
         delivery = Delivery(
             self.outlet,
             results,
@@ -164,7 +228,7 @@ class SimWorker:
             results,
             delivery,
             brakes,
-            Careful(MemoryMarks()),
+            Careful(marks),
             self.news,
             metrics,
             clock,
@@ -172,7 +236,10 @@ class SimWorker:
         )
         self.engines = {
             ("m", version): SimEngine(
-                "m", SimModel(version, Script(fail_on=frozenset([POISON]))), self.news, clock
+                "m",
+                SimModel(version, Script(fail_on=frozenset([POISON])), attempts=audit.attempts),
+                self.news,
+                clock,
             )
             for version in VERSIONS
         }
@@ -213,7 +280,8 @@ class SimWorker:
 
     def crash(self) -> None:
         """End as a killed process."""
-        self.intake.vanish()
+        for intake in self.watched:
+            intake.vanish()
         self.outlet.vanish()
 
     def leave(self, timeout_s: float) -> None:
@@ -234,13 +302,15 @@ class SimWorker:
     def check(self) -> None:
         """Judge what a worker may hold."""
         admission = self.loop.admission
-        overshoot = self.options.chunk_records * MAX_ROWS_OF_A_REQUEST
+        # A take brings one more where two intakes were asked for one each.
+        overshoot = (self.options.chunk_records + 1) * MAX_ROWS_OF_A_REQUEST
         # Below twice the bound by contract: routes below their share may take while the worker is full.
         if admission.rows > 2 * self.options.max_rows + overshoot:
             raise ViolationError(
                 f"I14: {self} holds {admission.rows} rows; the bound is {self.options.max_rows}"
             )
-        held = sum(len(chunk) for chunks in self.intake.taken.values() for chunk in chunks if chunk.open)
+        taken = [chunk for intake in self.watched for chunks in intake.taken.values() for chunk in chunks]
+        held = sum(len(chunk) for chunk in taken if chunk.open)
         if held > admission.rows:
             raise ViolationError(
                 f"I14: {self} holds {held} records of open chunks and counts {admission.rows}"

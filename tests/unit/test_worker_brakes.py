@@ -155,6 +155,16 @@ def test_a_resume_that_comes_before_the_next_look_is_not_missed() -> None:
     assert len(bench.batch([Code.MODEL] * 2)) == 2
 
 
+def test_a_failure_that_comes_before_the_next_look_does_not_undo_a_resume() -> None:
+    """What ran on when the route was paused is counted anew: the brake has to find it wrong again."""
+    bench = Bench()
+    bench.batch([Code.MODEL] * 3)
+    bench.board.resume("a")
+    assert len(bench.batch([Code.MODEL] * 2)) == 2
+    assert bench.board.current() == {}
+    assert len(bench.brakes.released()) == 3
+
+
 def test_a_route_that_is_watched_no_longer_gives_back_what_it_held() -> None:
     """Nobody would resume it here."""
     bench = Bench()

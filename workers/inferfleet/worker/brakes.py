@@ -47,6 +47,8 @@ class Brakes:
         counted = [failure for failure in failures if RULES[failure.code].brake]
         first = [f for f in counted if origin_of(f.part.chunk, f.part.rows[0]).attempt == 1]
         brake = self._brake(route)
+        if brake.tripped is not None and route not in self._board.current():
+            brake.reset()  # it was resumed since, and has not been looked at
         brake.observe_batch(answered, [f.part.ids[0] for f in first], [f.code for f in first])
         if first and brake.tripped is not None and route not in self._board.current():
             log.error("brake_tripped", route=route, reason=brake.tripped)
