@@ -31,6 +31,8 @@ _LITTLE_AT_ONCE = {
     "max.partition.fetch.bytes": 1_048_576,
 }
 """A retry topic is read again from what is not due, so that what was fetched beyond it was in vain."""
+_COMMITTED_ONLY = {"isolation.level": "read_committed"}
+"""A redrive that was broken off has taken its retries back."""
 MAX_PREFETCH = 65_535
 """The protocol's own bound."""
 
@@ -99,13 +101,18 @@ class Joining:
             from inferfleet.brokers.delayed import DelayedIntake
 
             # From the start: what was put there before this group first joined waits like all else.
-            inner = self._kafka_intake(retry_group(config, config.worker.pool), "earliest", _LITTLE_AT_ONCE)
+            group = retry_group(config, config.worker.pool)
+            inner = self._kafka_intake(group, "earliest", _LITTLE_AT_ONCE, _COMMITTED_ONLY)
             delayed = DelayedIntake(inner, clock, longest_ms=2 * max(config.retry.delays_ms))
         rabbit = self._rabbit_intake(self._link) if self._link is not None and "rabbitmq" in takes else None
         return Sources(kafka, delayed, rabbit, retry_topics(config), clock)
 
     def _kafka_intake(
-        self, group: str, start: str | int | None = None, defaults: Mapping[str, object] | None = None
+        self,
+        group: str,
+        start: str | int | None = None,
+        defaults: Mapping[str, object] | None = None,
+        forced: Mapping[str, object] | None = None,
     ) -> Intake:
         from inferfleet.brokers.kafka_intake import KafkaIntake, KafkaIntakeOptions
 
@@ -119,7 +126,7 @@ class Joining:
                 config.kafka.group_protocol,
                 config.kafka.session_timeout_ms,
                 config.worker_id if config.kafka.static_membership else None,
-                {**(defaults or {}), **config.kafka.consumer},
+                {**(defaults or {}), **config.kafka.consumer, **(forced or {})},
             )
         )
 

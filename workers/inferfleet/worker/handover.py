@@ -78,8 +78,11 @@ class HandOver:
 
 
 def carried(chunk: Chunk, rows: Sequence[int]) -> list[Amqp] | None:
-    """Return all that RabbitMQ messages had beside key, headers and body."""
-    return None if chunk.amqp is None else [chunk.amqp[row] for row in rows]
+    """Return all that RabbitMQ messages had beside key, headers and body; one without a name gets its own."""
+    if chunk.amqp is None:
+        return None
+    found = [(row, chunk.amqp[row]) for row in rows]
+    return [a if a.message_id else a._replace(message_id=chunk.called(row)) for row, a in found]
 
 
 def _correlation(chunk: Chunk, rows: Sequence[int]) -> list[Amqp] | None:
