@@ -104,6 +104,26 @@ class JoinPacker:
         return [b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(w), w) for w in words])]
 
 
+class _Found(redis.Redis):
+    """The master that sentinels named; closes what it asked them over as well."""
+
+    def close(self) -> None:
+        super().close()
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            sentinel.close()
+
+
+class _AsyncFound(redis.asyncio.Redis):
+    """The same for asyncio."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
 def _options(place: Place) -> dict[str, Any]:
     options: dict[str, Any] = {
         "socket_timeout": place.timeout_s,
@@ -138,7 +158,9 @@ def _sentinels(kind: Any, place: Place, options: dict[str, Any], once: Any) -> A
     timeouts = {"socket_timeout": place.timeout_s, "socket_connect_timeout": place.timeout_s}
     known = {**timeouts, "protocol": 2, "retry": once, **_NAMELESS}
     sentinels = kind(_nodes(place), sentinel_kwargs=known, **_manner(place), **options, retry=once)
-    return sentinels.master_for(place.sentinel_master)
+    return sentinels.master_for(
+        place.sentinel_master, redis_class=_Found if kind is Sentinel else _AsyncFound
+    )
 
 
 def connect(place: Place) -> redis.Redis:

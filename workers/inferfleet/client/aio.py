@@ -154,10 +154,7 @@ class AsyncClient:
         left = await asyncio.to_thread(self._sender.close, timeout_s) if self._sender is not None else 0
         self._inbox.end(lambda request_id: ClientError(f"request {request_id}: the client was closed"))
         if self._reader is not None:
-            while not self._reader.done():
-                # redis-py may swallow a cancellation while it looks at a cluster; then it is told again.
-                self._reader.cancel()
-                await asyncio.wait([self._reader], timeout=0.1)
+            await self._end_reading(self._reader)
             await self._abandon()
         if self._redis is not None:
             await self._redis.aclose()
@@ -274,6 +271,20 @@ class AsyncClient:
                 raise self._late(request_id, timeout_s)
             await asyncio.sleep(min(delay_s, left))
             delay_s = min(_MAX_DELAY_S, delay_s * 2)
+
+    async def _end_reading(self, reader: asyncio.Task[None]) -> None:
+        """Let the read that may block come back: an entry of no id is nobody's outcome.
+
+        Cancelled in the middle of a command, redis-py's cluster client may go on, or leave connections open.
+        """
+        if not self._trouble:
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._open().xadd(
+                    reply_key(self._session.fleet, self._session.reply or ""), {"id": "", "body": ""}
+                )
+            await asyncio.wait([reader], timeout=BLOCK_MS / 1000)
+        reader.cancel()
+        await asyncio.wait([reader], timeout=self._session.place.timeout_s)
 
     async def _abandon(self) -> None:
         """Nobody reads the stream any more; without this it would stay until its lifetime ends."""
