@@ -319,7 +319,7 @@ class Audit:
         if not found.told:
             return "an outcome"
         buried = found.answers or found.dead_letters
-        if not buried and any(RULES[Code(code)].dead_letter for code in found.errors):
+        if not buried and all(RULES[Code(code)].dead_letter for code in found.errors):
             return "a dead letter"
         if request.route in self._stores and (request.route, request.id) not in self._stores[request.route]:
             return "a stored result"

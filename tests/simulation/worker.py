@@ -15,7 +15,7 @@ from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config
 from inferfleet.core.retry import RetryPolicy
 from inferfleet.naming import retry_group, retry_topics
-from inferfleet.ports import Clock, IntakeListener, PauseBoard
+from inferfleet.ports import Clock, Intake, IntakeListener, PauseBoard
 from inferfleet.records import Chunk, Stream
 from inferfleet.results.memory import MemoryResults
 from inferfleet.routes import RouteTable
@@ -189,25 +189,21 @@ class SimWorker:
         self,
         name: str,
         config: Config,
-        broker: MemoryBroker,
+        intake: Intake,
+        outlet: MemoryOutlet,
         clock: FakeClock,
         results: MemoryResults,
         options: LoopOptions,
-        audit: Audit,
+        attempts: Callable[[int], int],
         pauses: PauseBoard,
         marks: MemoryMarks,
     ) -> None:
+        """``attempts`` says how many attempts the request of a number has had."""
         self.name = name
         self._config = msgspec.structs.replace(config, worker=msgspec.structs.replace(config.worker, id=name))
         self.options = options
-        self.watched = [
-            WatchedIntake(broker, config.group, audit.may_repeat),
-            WatchedIntake(broker, retry_group(config, config.worker.pool), audit.may_repeat),
-        ]
-        source, retries = self.watched
-        delayed = WatchedRetries(retries, clock)
-        self.intake = Sources(source, delayed, None, retry_topics(config), clock)
-        self.outlet = MemoryOutlet(broker, holding=True)
+        self.intake = intake
+        self.outlet = outlet
         self.results = results
         self.news = VirtualNews()
         metrics = PrometheusMetrics()
@@ -237,7 +233,7 @@ class SimWorker:
         self.engines = {
             ("m", version): SimEngine(
                 "m",
-                SimModel(version, Script(fail_on=frozenset([POISON])), attempts=audit.attempts),
+                SimModel(version, Script(fail_on=frozenset([POISON])), attempts=attempts),
                 self.news,
                 clock,
             )
@@ -278,12 +274,6 @@ class SimWorker:
                 engine.finish()
         self.outlet.let_through()
 
-    def crash(self) -> None:
-        """End as a killed process."""
-        for intake in self.watched:
-            intake.vanish()
-        self.outlet.vanish()
-
     def leave(self, timeout_s: float) -> None:
         """End as after SIGTERM: drain, leave the group, close."""
         self.loop.drain(timeout_s)
@@ -309,11 +299,47 @@ class SimWorker:
             raise ViolationError(
                 f"I14: {self} holds {admission.rows} rows; the bound is {self.options.max_rows}"
             )
+        if min(admission.rows, admission.bytes, self.loop.batcher.rows) < 0:
+            raise ViolationError(f"I14: {self} counts below nothing")
+
+
+class KafkaWorker(SimWorker):
+    """A worker whose requests stand in topics of a memory broker; ``watched`` are its memberships."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        broker: MemoryBroker,
+        clock: FakeClock,
+        results: MemoryResults,
+        options: LoopOptions,
+        audit: Audit,
+        pauses: PauseBoard,
+        marks: MemoryMarks,
+    ) -> None:
+        self.watched = [
+            WatchedIntake(broker, config.group, audit.may_repeat),
+            WatchedIntake(broker, retry_group(config, config.worker.pool), audit.may_repeat),
+        ]
+        source, retries = self.watched
+        intake = Sources(source, WatchedRetries(retries, clock), None, retry_topics(config), clock)
+        outlet = MemoryOutlet(broker, holding=True)
+        super().__init__(name, config, intake, outlet, clock, results, options, audit.attempts, pauses, marks)
+
+    def crash(self) -> None:
+        """End as a killed process."""
+        for intake in self.watched:
+            intake.vanish()
+        self.outlet.vanish()
+
+    def check(self) -> None:
+        """Judge what a worker may hold."""
+        super().check()
+        admission = self.loop.admission
         taken = [chunk for intake in self.watched for chunks in intake.taken.values() for chunk in chunks]
         held = sum(len(chunk) for chunk in taken if chunk.open)
         if held > admission.rows:
             raise ViolationError(
                 f"I14: {self} holds {held} records of open chunks and counts {admission.rows}"
             )
-        if min(admission.rows, admission.bytes, self.loop.batcher.rows) < 0:
-            raise ViolationError(f"I14: {self} counts below nothing")

@@ -34,7 +34,7 @@ from tests.simulation.fleet import (
     table,
 )
 from tests.simulation.traffic import Request, is_bulky, is_large_answer, make
-from tests.simulation.worker import PoolPauses, SimWorker
+from tests.simulation.worker import KafkaWorker, PoolPauses
 
 STEPS = 160
 MOST_REQUESTS = 240
@@ -68,9 +68,9 @@ class World:
             max_bytes=rng.choice([2_000, 1 << 20]),
             chunk_records=rng.choice([1, 7, 50]),
         )
-        self.workers: list[SimWorker] = []
+        self.workers: list[KafkaWorker] = []
         self.table = table()
-        self._current: SimWorker | None = None
+        self._current: KafkaWorker | None = None
         self._names = 0
         self._sent = 0
         self._killers = 0
@@ -259,7 +259,7 @@ class World:
             retry_group(self.config, self.config.worker.pool)
         )
 
-    def any(self) -> SimWorker | None:
+    def any(self) -> KafkaWorker | None:
         """Return some worker, which is the one that things happen to."""
         self._current = self.rng.choice(self.workers) if self.workers else None
         return self._current
@@ -272,7 +272,7 @@ class World:
         if self.store_away:
             results.go_away()
         name = name or f"w{self._names}"
-        worker = SimWorker(
+        worker = KafkaWorker(
             name,
             self.config,
             self.broker,
@@ -317,7 +317,7 @@ class World:
             for engine in worker.engines.values():
                 engine.loaded.broken = broken
 
-    def _break(self, worker: SimWorker) -> None:
+    def _break(self, worker: KafkaWorker) -> None:
         self.audit.was_broken = True
         self.audit.may_spoil += self._spared
         for engine in worker.engines.values():
@@ -337,7 +337,7 @@ class World:
             self.audit.may_spoil += self._spared * len(self.workers)
         return resumed
 
-    def stop(self, worker: SimWorker, timeout_s: float) -> str:
+    def stop(self, worker: KafkaWorker, timeout_s: float) -> str:
         """Stop a worker in order."""
         self._current = worker
         self.workers.remove(worker)

@@ -91,9 +91,9 @@ class Reading:
         """Return the requests of RabbitMQ messages that have to run, and end the others."""
         found: list[Requests] = []
         for part in parts:
-            left: Requests | None = self._addressed(plan, part) if plan.reply else part
-            if left is not None:
-                left = self._not_again(plan, left)
+            left = self._not_again(plan, part)
+            if left is not None and plan.reply:
+                left = self._addressed(plan, left)
             if left is not None:
                 found.append(left)
         return found
