@@ -73,8 +73,9 @@ class RedisCluster:
     def move_slots(self, slots: Iterable[int], target: int) -> None:
         """Move slots to node ``target``, with their keys, while clients go on."""
         for slot in slots:
-            with self.moving(slot, target):
-                pass
+            if self._owners[slot] != target:
+                with self.moving(slot, target):
+                    pass
 
     @contextlib.contextmanager
     def moving(self, slot: int, target: int) -> Iterator[None]:
@@ -173,10 +174,11 @@ class RedisSentinel:
         """Return once the sentinels name the replica as master and it takes writes."""
 
         def promoted() -> bool:
-            with self.replica.client() as client:
-                if client.info("replication")["role"] != "master":
-                    return False
-            return all(self._master_of(port)[1] == self.replica.port for port in self._ports)
+            # It closes connections when its part changes.
+            with contextlib.suppress(redis.ConnectionError), self.replica.client() as client:
+                if client.info("replication")["role"] == "master":
+                    return all(self._master_of(port)[1] == self.replica.port for port in self._ports)
+            return False
 
         wait_until(promoted, timeout_s, "the replica is promoted", every_s=0.05)
 

@@ -40,6 +40,7 @@ from inferfleet.results.failures import (
         (exceptions.AuthenticationError("wrong"), DENIED),
         (exceptions.ResponseError("WRONGTYPE Operation against a key holding the wrong kind"), DENIED),
         (exceptions.ResponseError("ACL failure in script: User u has no permissions"), DENIED),
+        (exceptions.ResponseError("ERR The user executing the script can't run this command"), DENIED),
         (exceptions.ResponseError("ERR unknown command 'EVALSHA'"), UNEXPECTED),
         (KeyError("a fault of ours"), UNEXPECTED),
     ],

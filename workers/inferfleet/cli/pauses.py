@@ -12,12 +12,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
-from redis.exceptions import RedisError
-
 from inferfleet.config import Config
 from inferfleet.control.pauses import Pause, decode_pause, encode_pause, pause_key
 from inferfleet.errors import BrokerError
-from inferfleet.redis_access import control_place_of, open_redis
+from inferfleet.redis_access import REDIS_ERRORS, control_place_of, open_redis
 from inferfleet.telemetry.admin import split_address
 
 ANSWER_S = 3.0
@@ -78,7 +76,7 @@ class SharedPauses:
             if self._client is None:
                 self._client = open_redis(self._place)
             return question(self._client)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             said = " ".join(str(error).split()) or type(error).__name__
             raise BrokerError(
                 f"Redis {self._place.shown} keeps the pauses and does not answer: {said}; "

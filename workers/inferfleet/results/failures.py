@@ -70,7 +70,7 @@ def diagnose(error: Exception) -> Trouble:
     if isinstance(error, exceptions.ResponseError):
         text = str(error)
         # A script's inner error loses its code in some servers, and stands behind their own text in others.
-        if "ACL failure" in text:
+        if "ACL failure" in text or "The user executing the script" in text:
             return DENIED
         for word in text.replace("-", " ").split():
             if word in _BY_CODE:
