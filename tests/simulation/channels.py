@@ -1,39 +1,34 @@
-"""A fleet on RabbitMQ under a seed: channels are lost, acknowledgements too, and messages come again.
-
-A request is told from others by its key, which every message of its way carries: the ones that come again,
-its attempts, its outcomes and its letter.
-"""
+"""A fleet on RabbitMQ under a seed: channels are lost, acknowledgements too, and messages come again."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from inferfleet import config as settings
 from inferfleet.addresses import REPLY
-from inferfleet.errors import RULES, Code
+from inferfleet.errors import Code
 from inferfleet.naming import dead_letter_name, retry_addresses, retry_name
 from inferfleet.ports import Refusal, RefusalKind
 from inferfleet.records import Amqp, Envelopes
 from inferfleet.results.memory import MemoryResults
 from inferfleet.routes import parse_routes
-from inferfleet.testing.checksum import expected_checksum
 from inferfleet.testing.clock import FakeClock
 from inferfleet.testing.marks import MemoryMarks
 from inferfleet.wire.encode import STATUS_OK
 from inferfleet.worker.loop import LoopOptions
 from tests.simulation.audit import ViolationError
-from tests.simulation.rabbit import ChannelIntake, Message, Rabbit, RabbitOutlet
-from tests.simulation.traffic import BULKY, LARGE, Request, make
+from tests.simulation.channel_audit import MINE, ChannelAudit, Way
+from tests.simulation.rabbit import ChannelIntake, Rabbit, RabbitOutlet
+from tests.simulation.traffic import BULKY, LARGE, make
 from tests.simulation.worker import PoolPauses, SimWorker
 
 STEPS = 140
 MOST_REQUESTS = 120
 ROUNDS_TO_REST = 600
 LAST_STEPS_SHOWN = 30
-MINE, FOREIGN = "amq.gen-mine", "somebodys.queue"
+FOREIGN = "somebodys.queue"
 OUT = "x/out"
 
 TABLE = parse_routes(
@@ -59,38 +54,6 @@ delays_ms = [300, 1_000, 3_000]
 consecutive = {consecutive}
 share = 1.0
 """
-
-
-@dataclass
-class Way:
-    """One request, and what has become of it."""
-
-    request: Request
-    amqp: Amqp
-    named: bool
-    """Whether a delivery that comes again can be recognised."""
-    message: int = 0
-    """The number of the message that the caller sent."""
-    outcomes: Counter[str] = field(default_factory=Counter)
-    replies: Counter[str] = field(default_factory=Counter)
-    letters: int = 0
-    attempts: Counter[int] = field(default_factory=Counter)
-    redelivered: int = 0
-
-    @property
-    def attempt(self) -> int:
-        return max(self.attempts, default=1)
-
-    @property
-    def missing(self) -> str:
-        """What is not there yet of a whole outcome."""
-        if not self.outcomes:
-            return "an outcome"
-        if self.amqp.reply_to == MINE and not self.replies:
-            return "a reply"
-        # One that ends otherwise when it comes again needs none: whoever began it has not ended it.
-        buried = all(code != "ok" and RULES[Code(code)].dead_letter for code in self.outcomes)
-        return "a dead letter" if buried and not self.letters else ""
 
 
 class ChannelWorld:
@@ -124,15 +87,14 @@ class ChannelWorld:
             self.rabbit.declare(retry_name(self.config, ROUTE, delay), ready)
         self.options = LoopOptions(rng.choice([4, 30, 1000]), 1 << 20, rng.choice([1, 7, 50]))
         self._prefetch = rng.choice([3, 20, 100])
-        self.ways: dict[bytes, Way] = {}
-        self._by_message: dict[int, Way] = {}
+        self.audit = ChannelAudit(self.rabbit, self._delays, alone=self.alone)
+        self.seen = self.audit.seen
         self._pauses: dict[str, str] = {}
         self.workers: list[SimWorker] = []
         self._current: SimWorker | None = None
         self._names = 0
         self._refusing = ""
-        self.broken = self.was_broken = False
-        self.seen: Counter[str] = Counter()
+        self.broken = False
         self.done: deque[str] = deque(maxlen=LAST_STEPS_SHOWN)
         self._actions = self._chosen()
 
@@ -167,7 +129,8 @@ class ChannelWorld:
             self._come_to_rest()
             for worker in list(self.workers):
                 self._do(lambda worker=worker: self._stop(worker, 1.0))
-            self._close()
+            self._judge()
+            self.audit.close()
         except ViolationError as violation:
             shown = "\n  ".join(self.done)
             raise ViolationError(f"seed {self.seed}: {violation}\n  {shown}") from violation
@@ -181,13 +144,13 @@ class ChannelWorld:
 
     def produce(self) -> str:
         """Send a few requests, with and without names, some with a queue for the answer."""
-        count = min(self.rng.choice([1, 3, 20]), MOST_REQUESTS - len(self.ways))
+        count = min(self.rng.choice([1, 3, 20]), MOST_REQUESTS - len(self.audit.ways))
         for _ in range(count):
             self._send()
         return f"{count} requests"
 
     def _send(self) -> None:
-        rng, number = self.rng, len(self.ways) + 1
+        rng, number = self.rng, len(self.audit.ways) + 1
         made = make(rng, number, "a", self.clock.utc_ms(), faults=True, failing=not self.braked)
         key = b"key-%d" % number
         amqp = Amqp(
@@ -200,8 +163,7 @@ class ChannelWorld:
         if amqp.reply_to == FOREIGN and readable:
             made.expected, made.fails = frozenset([Code.ROUTE]), 0
         message = self.rabbit.send("q", made.headers, key, made.value or b"", amqp)
-        way = self.ways[key] = Way(made, amqp, has_id and readable, message.number)
-        self._by_message[message.number] = way
+        self.audit.sent(key, Way(made, amqp, has_id and readable, message.number))
 
     def turn(self) -> str:
         """Let a worker look at everything once."""
@@ -260,7 +222,7 @@ class ChannelWorld:
     def break_models(self) -> str:
         """Let every model fail on everything, or be well again."""
         self.broken = not self.broken
-        self.was_broken = True
+        self.audit.was_broken = True
         for worker in self.workers:
             for engine in worker.engines.values():
                 engine.loaded.broken = self.broken
@@ -284,7 +246,7 @@ class ChannelWorld:
             self.clock,
             MemoryResults(now=self.clock.monotonic),
             self.options,
-            self._attempts,
+            self.audit.attempts,
             PoolPauses(self._pauses),
             MemoryMarks(),
         )
@@ -369,11 +331,6 @@ class ChannelWorld:
             worker.finish_batch(self.rng)
             worker.let_through(self.rng.choice([1, 5]))
 
-    def _attempts(self, number: int) -> int:
-        way = self.ways[b"key-%d" % number]
-        unread = [(self._delays[to], message) for to, message in self.rabbit.published if to in self._delays]
-        return max([way.attempt, *[attempt for attempt, message in unread if self._of(message) is way]])
-
     def _refusal(self, envelopes: Envelopes, row: int) -> Refusal | None:
         if envelopes.destination == self._refusing:
             return Refusal(RefusalKind.LATER, "told to refuse")
@@ -382,22 +339,9 @@ class ChannelWorld:
         bulky = envelopes.destination in self._delays and b'"' + BULKY.encode() in envelopes.values[row]
         return Refusal(RefusalKind.TOO_LARGE, "it is too large") if large or bulky else None
 
-    def _of(self, message: Message) -> Way:
-        way = self._by_message.get(message.number)
-        if way is None:
-            (key,) = message.columns().keys
-            if key not in self.ways:
-                raise ViolationError(f"I3: a message for {key!r}, which nobody sent")
-            way = self._by_message[message.number] = self.ways[key]
-        return way
-
-    # Judging
-
     def _count_redeliveries(self, worker: SimWorker) -> None:
         intake = _intake(worker)
-        for message in intake.redelivered:
-            self._of(message).redelivered += 1
-            self.seen["redelivered"] += 1
+        self.audit.redelivered(intake.redelivered)
         intake.redelivered.clear()
 
     def _judge(self) -> None:
@@ -406,87 +350,7 @@ class ChannelWorld:
             worker.check()
             self.seen["route held"] += bool(worker.loop.held)
         self.seen["route braked"] += len(self._pauses)
-        published, self.rabbit.published = self.rabbit.published, []
-        for destination, message in published:
-            self._judge_message(destination, message)
-        acked, self.rabbit.acked = self.rabbit.acked, []
-        for message in acked:
-            self._judge_ack(message)
-
-    def _judge_message(self, destination: str, message: Message) -> None:
-        way = self._of(message)
-        (read,) = message.columns().headers
-        headers = dict(read or ())
-        (amqp,) = message.columns().amqp
-        if amqp.correlation_id != way.amqp.correlation_id:
-            raise ViolationError(f"I3: {way.request.id} is answered as {amqp.correlation_id}")
-        if destination in self._delays:
-            self._judge_attempt(way, self._delays[destination], message)
-        elif destination.startswith("rabbitmq:/"):
-            way.letters += 1
-            if message.body != (way.request.value or b"") or amqp.reply_to != way.amqp.reply_to:
-                raise ViolationError(f"I12: the dead letter of {way.request.id} is not what was sent")
-            self._bounded(way, way.letters, "dead letter")
-        else:
-            code = (headers.get("inferfleet-code") or b"ok").decode()
-            told = way.outcomes if destination != REPLY else way.replies
-            told[code] += 1
-            self.seen[code] += 1
-            if destination == REPLY and way.amqp.reply_to != MINE:
-                raise ViolationError(f"I3: {way.request.id} is answered to {way.amqp.reply_to}")
-            if (None if code == "ok" else Code(code)) not in way.request.expected and not (
-                self.was_broken and code == Code.MODEL
-            ):
-                raise ViolationError(f"I12: {way.request.id} ends as {code}: {message.body!r}")
-            if code == "ok":
-                self._judge_answer(way, message.body, headers)
-            self._bounded(way, told.total(), "reply" if destination == REPLY else "outcome")
-
-    def _judge_answer(self, way: Way, body: bytes, headers: dict[str, bytes | None]) -> None:
-        right = [str(number) for row in way.request.rows for number in expected_checksum("1", row)]
-        if way.request.binary or "inference-header-content-length" in headers:
-            return
-        if ('"data":[' + ",".join(right) + "]").encode() not in body:
-            raise ViolationError(f"I3: {way.request.id} got {body!r}; {right} is right")
-
-    def _judge_attempt(self, way: Way, attempt: int, message: Message) -> None:
-        (read,) = message.columns().headers
-        headers = dict(read or ())
-        (amqp,) = message.columns().amqp
-        said = headers.get("inferfleet-attempt"), headers.get("inferfleet-origin-topic")
-        if said != (b"%d" % attempt, b"q"):
-            raise ViolationError(f"I12: {way.request.id} is tried again as {said}, not as {attempt}")
-        if message.body != way.request.value or amqp.reply_to != way.amqp.reply_to:
-            raise ViolationError(f"I12: {way.request.id} is tried again as another: {message}")
-        if attempt > way.request.attempts or attempt > way.attempt + 1:
-            raise ViolationError(f"I12: {way.request.id} is tried for {attempt} after {way.attempt}")
-        way.attempts[attempt] += 1
-        self.seen["retry"] += 1
-        self._bounded(way, way.attempts[attempt], f"attempt {attempt}")
-
-    def _bounded(self, way: Way, count: int, what: str) -> None:
-        """What has a name is told once while its worker lives; all else once more for each redelivery."""
-        strict = self.alone and way.named
-        if count > 1 + (0 if strict else way.redelivered):
-            raise ViolationError(
-                f"I2: {way.request.id} has {what} number {count} after {way.redelivered} redeliveries"
-            )
-
-    def _judge_ack(self, message: Message) -> None:
-        way = self._of(message)
-        headers = dict(message.columns().headers[0] or ())
-        # A caller's own message says what the caller likes.
-        attempt = 1 if message.number == way.message else int(headers["inferfleet-attempt"] or b"")
-        if way.attempt > attempt:
-            return
-        if way.missing:
-            raise ViolationError(f"I5: {way.request.id} is acknowledged and lacks {way.missing}")
-
-    def _close(self) -> None:
-        self._judge()
-        for way in self.ways.values():
-            if way.missing:
-                raise ViolationError(f"I1: {way.request.id} lacks {way.missing}")
+        self.audit.look()
 
 
 def _intake(worker: SimWorker) -> ChannelIntake:
