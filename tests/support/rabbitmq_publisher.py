@@ -161,6 +161,8 @@ class SteadyPublisher:
         else:
             self.repeated += len(messages)
             self._waiting.extendleft(reversed(messages))
+            # A channel that met a quorum queue without a leader refuses for ever, with a new leader too.
+            self._leave(self._channel.connection)
 
     def _on_return(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
         self.returned.append(Outgoing(method.routing_key, body, properties, method.exchange))
