@@ -359,6 +359,18 @@ def test_what_was_held_back_of_a_route_that_is_gone_stays_open() -> None:
     assert (bench.queued(), of.open) == (None, 1)
 
 
+def test_what_was_held_back_of_a_route_that_went_and_came_back_runs() -> None:
+    """Nothing of it was under way, so that its message must not wait for an end that never comes."""
+    bench = Bench([OUT])
+    of = messages([GOOD], [Amqp(message_id="a")])
+    bench.reading.again(None, _held_back(bench, of))
+    bench.ledger.ended([of.stream])
+    assert bench.reading.orphan(of, bench.batcher.drop_dead()) == 0
+    bench.reading.release(of)
+    bench.read(messages([GOOD], [Amqp(None, None, "a", None, True)], stream=NEXT))
+    assert bench.rows() == [0]
+
+
 def test_requests_are_charged_by_their_rows_until_their_chunk_is_done() -> None:
     """Taken once, freed once, whoever ends them."""
     bench = Bench(["kafka:out"], source=Destination("kafka", STREAM.source))

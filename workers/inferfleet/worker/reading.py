@@ -39,6 +39,8 @@ class Reading:
         self.recent = Recent()
         self._charged: dict[Chunk, tuple[RoutePlan, int, int]] = {}
         """Of each open chunk: by which plan it was read, and what it counts in flight."""
+        self._nobodys: dict[Chunk, list[int]] = {}
+        """Rows of open chunks that were held back when their route went: they wait for the stream's end."""
 
     def read(self, plan: RoutePlan | None, chunk: Chunk) -> None:
         """Decode, steer and queue one chunk."""
@@ -67,6 +69,7 @@ class Reading:
     def again(self, plan: RoutePlan | None, part: Requests) -> None:
         """Queue a request that was held back, by the route as it is now; without one it stays open."""
         if plan is None:
+            self._nobodys.setdefault(part.chunk, []).extend(part.rows)
             return
         if plan.variant_of(part.served) is None:
             found = self._reread(plan, part)
@@ -133,6 +136,7 @@ class Reading:
 
     def release(self, chunk: Chunk) -> None:
         """Charge a chunk to nobody any longer."""
+        self._nobodys.pop(chunk, None)
         charge = self._charged.pop(chunk, None)
         if charge is not None:
             plan, rows, size_bytes = charge
@@ -153,4 +157,5 @@ class Reading:
         if decoded.rejected is not None:
             ids.update(zip(decoded.rejected.rows, decoded.rejected.ids, strict=True))
         gone = [row for part in dropped if part.chunk is chunk for row in part.rows]
+        gone += self._nobodys.get(chunk, ())
         return self.recent.orphaned(chunk, ids, gone)
