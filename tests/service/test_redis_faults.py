@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from inferfleet.redis_access import Place
+from inferfleet.ports import Refusal, RefusalKind
+from inferfleet.records import Results
+from inferfleet.redis_access import Place, open_redis
+from inferfleet.results.redis import RedisResults
+from inferfleet.wire.stored import result_key
 from tests.support.redis_server import RedisServer
-from tests.support.redis_writer import Writer, missing, repeats, replied
+from tests.support.redis_writer import FLEET, ROUTE, Writer, missing, repeats, replied
 from tests.support.scale import pick
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
 FROZEN_S = pick(3.0, 30.0)
 
 
@@ -244,3 +248,32 @@ def test_close_ends_in_time_while_redis_is_away(server: RedisServer, writer: Wri
         wait_until(lambda: not writer.outlet._thread.is_alive(), 5, "the outlet's thread has ended")
     finally:
         server.resume()
+
+
+def test_a_key_of_another_kind_stops_nobody(server: RedisServer) -> None:
+    """Somebody's list under a result's name is no answer: that row is refused, its neighbours are written."""
+    refused: dict[int, Refusal] = {}
+
+    class Hears:
+        confirmed_rows = 0
+
+        def confirmed(self, count: int) -> None:
+            self.confirmed_rows += count
+
+        def refused(self, index: int, refusal: Refusal) -> None:
+            refused[index] = refusal
+
+    with server.client() as client:
+        client.rpush(result_key(FLEET, ROUTE, "r-1"), "not an answer")
+    place, hears = Place(server.url, timeout_s=1.0), Hears()
+    outlet = RedisResults(lambda: open_redis(place), FLEET, wake=lambda: None)
+    ids = ["r-0", "r-1", "r-2"]
+    outlet.publish(Results(ROUTE, ids, [b'{"n":1}'] * 3, [True] * 3, ["h"] * 3, None, 60), hears)
+
+    def told() -> bool:
+        outlet.poll()
+        return hears.confirmed_rows + len(refused) == 3
+
+    wait_until(told, 10, "every row is told")
+    assert {index: each.kind for index, each in refused.items()} == {1: RefusalKind.DUPLICATE_ID}
+    assert outlet.close(1) == 0

@@ -183,15 +183,15 @@ def _answer(bench: Bench, part: Requests) -> None:
     bench.delivery.answer(bench.plan, variant, Answer(part, {"y": np.zeros((1, 2), np.float32)}))
 
 
-def test_a_refusal_that_was_told_is_not_told_again() -> None:
-    """What names a forbidden queue is answered once like all else."""
+def test_a_refusal_may_be_told_again() -> None:
+    """An error is not remembered, so that the same request sent once more is not acknowledged without one."""
     bench = Bench()
     bench.read(messages([GOOD], [Amqp("orders", message_id="a")]))
     bench.reading.recent.settled(bench.settled[0])
     again = messages([GOOD], [Amqp("orders", None, "a", None, True)], stream=NEXT)
     bench.read(again)
-    assert again.open == 0
-    assert bench.codes(DLT) == ["E_ROUTE"]
+    assert again.open == 1
+    assert bench.codes(DLT) == ["E_ROUTE", "E_ROUTE"]
 
 
 def test_a_chunk_that_was_answered_whole_is_charged_to_nobody() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inferfleet.records import Amqp, Chunk, Origin, Requests, Stream
 from inferfleet.worker.recent import Recent, Seen, left_of
-from inferfleet.worker.settling import Settling
+from inferfleet.worker.settling import Outcome, Settling
 from tests.support.builders import chunk, messages, requests
 
 NOBODY: Any = None
@@ -45,14 +45,34 @@ def part(of: Chunk) -> Requests:
     return found
 
 
-def settle(recent: Recent, of: Chunk, rows: Sequence[int] | None = None) -> list[tuple[Chunk, int]]:
+OK = {("1", "stable", "ok"): 1}
+FAILED = {("1", "stable", "E_MODEL"): 1}
+
+
+def settle(
+    recent: Recent, of: Chunk, rows: Sequence[int] | None = None, *, ended: Mapping[Outcome, int] = OK
+) -> list[tuple[Chunk, int]]:
     rows = range(len(of)) if rows is None else rows
-    return recent.settled(Settling(NOBODY, NOBODY, of, list(rows), {}, [of.called(row) for row in rows]))
+    return recent.settled(
+        Settling(NOBODY, NOBODY, of, list(rows), dict(ended), [of.called(row) for row in rows])
+    )
 
 
 def orphan(recent: Recent, of: Chunk, gone: Sequence[int] = ()) -> int:
     of.live = False
     return recent.orphaned(of, {row: of.called(row) for row in range(len(of))}, gone)
+
+
+def test_an_error_is_not_remembered() -> None:
+    """The same request may be its caller's next try, or a redrive: acknowledged unrun it would be lost."""
+    recent = Recent()
+    settle(recent, delivered(["a"]), ended=FAILED)
+    assert recent.seen(part(delivered(["a"], again=True, channel=2))) == Seen([], [])
+    settle(recent, delivered(["b"]), ended={})
+    assert recent.seen(part(delivered(["b"], again=True, channel=2))) == Seen([], [])
+    settle(recent, delivered(["c"]))
+    settle(recent, delivered(["c"]), ended=FAILED)
+    assert recent.seen(part(delivered(["c"], again=True, channel=2))) == Seen([], [])
 
 
 def test_what_was_answered_need_not_run_again() -> None:

@@ -63,8 +63,9 @@ class Joining:
         clock: Clock,
     ) -> None:
         self._config = config
-        self.routes = routes
-        """The routes of the pool as they were read last."""
+        self.routes: tuple[Route, ...] = ()
+        self._delays: dict[str, list[str]] = {}
+        self.follow(routes)
         self._models = models
         self._news = news
         self._metrics = metrics
@@ -72,6 +73,17 @@ class Joining:
         self._kafka = uses_kafka(routes)
         self._link = self._open_link() if uses_rabbitmq(routes) else None
         self._redis = any(result.kind == "redis" for route in routes for result in route.results)
+
+    def follow(self, routes: tuple[Route, ...]) -> None:
+        """Take these as the pool's routes from now on: how much to prefetch, and where retries wait."""
+        self.routes = routes
+        config = self._config
+        fresh = {
+            source_address(route): [retry_name(config, route, ms) for ms in retry_delays(config, route)]
+            for route in routes
+        }
+        self._delays.clear()
+        self._delays.update(fresh)
 
     def join(self) -> Joined:
         """Return the adapters; none of them waits for a server to be there."""
@@ -94,17 +106,16 @@ class Joining:
 
     def _intake(self) -> Intake:
         config, clock = self._config, self._clock
-        takes = {route.source.kind for route in self.routes}
         kafka = self._kafka_intake(config.group) if self._kafka else None
         delayed: Intake | None = None
-        if "kafka" in takes and config.retry.delays_ms:
+        if self._kafka and config.retry.delays_ms:
             from inferfleet.brokers.delayed import DelayedIntake
 
             # From the start: what was put there before this group first joined waits like all else.
             group = retry_group(config, config.worker.pool)
             inner = self._kafka_intake(group, "earliest", _LITTLE_AT_ONCE, _COMMITTED_ONLY)
             delayed = DelayedIntake(inner, clock, longest_ms=2 * max(config.retry.delays_ms))
-        rabbit = self._rabbit_intake(self._link) if self._link is not None and "rabbitmq" in takes else None
+        rabbit = self._rabbit_intake(self._link) if self._link is not None else None
         return Sources(kafka, delayed, rabbit, retry_topics(config), clock)
 
     def _kafka_intake(
@@ -133,13 +144,7 @@ class Joining:
     def _rabbit_intake(self, link: RabbitLink) -> Intake:
         from inferfleet.brokers.rabbitmq_intake import RabbitIntake
 
-        delays = {
-            source_address(route): [
-                retry_name(self._config, route, ms) for ms in retry_delays(self._config, route)
-            ]
-            for route in self.routes
-        }
-        return RabbitIntake(link, prefetch=self._prefetch, delays=delays)
+        return RabbitIntake(link, prefetch=self._prefetch, delays=self._delays)
 
     def _prefetch(self, source: str) -> int:
         """Return how many messages may be out at once: a batch more than the engines hold."""

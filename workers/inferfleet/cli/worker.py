@@ -124,7 +124,7 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
 
     def read_routes() -> RouteTable:
         found = _routes(config)
-        joining.routes = found.of_pool(config.worker.pool)
+        joining.follow(found.of_pool(config.worker.pool))
         return found
 
     running = Worker(

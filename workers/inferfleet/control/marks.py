@@ -19,7 +19,7 @@ from inferfleet.control.link import Link, Outage
 
 log = structlog.get_logger(__name__)
 
-KEPT_S = 7 * 86_400
+KEPT_S = 90 * 86_400
 """A mark that nobody came back for is forgotten: worker ids may never come again."""
 LEAST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
 PAUSE_FACTOR = 10

@@ -40,34 +40,43 @@ end
 for i, key in ipairs(KEYS) do
   local body = ARGV[i + 2]
   if not redis.call('SET', key, body, 'PX', ttl, 'NX') then
-    local standing = redis.call('GET', key)
-    local old, new = payload(standing), payload(body)
-    local differs = old and new and old ~= new
-    local stood_error = string.sub(standing, 1, 8) == '{"error"'
-    local verdict = 1
-    if stood_error then
-      if string.sub(body, 1, 8) ~= '{"error"' then
-        redis.call('SET', key, body, 'PX', ttl)
-        verdict = 0
-      elseif differs then
-        verdict = 2
+    local standing = redis.pcall('GET', key)
+    if type(standing) == 'table' then
+      if not string.find(standing.err, 'WRONGTYPE', 1, true) then
+        return standing
       end
-    elseif differs then
-      verdict = 3
-    end
-    if verdict ~= 0 then
-      local same = standing == body
-        or not (old and new) and bare(standing, old) == bare(body, new)
-      local counter = '{' .. key .. '}:again'
-      local counted = redis.pcall('HINCRBY', counter, same and 'same' or 'differs', 1)
-      if type(counted) == 'number' then
-        redis.call('PEXPIRE', counter, ttl)
-      elseif not string.find(counted.err, 'non local key', 1, true) then
-        return counted
-      end
-      local send = verdict == 1 and string.byte(wanted, i) == 49
       local n = #news
-      news[n + 1], news[n + 2], news[n + 3] = i, verdict, send and standing or ''
+      news[n + 1], news[n + 2], news[n + 3] = i, 3, ''
+    else
+      local old, new = payload(standing), payload(body)
+      local differs = old and new and old ~= new
+      local stood_error = string.sub(standing, 1, 8) == '{"error"'
+      local verdict = 1
+      if stood_error then
+        if string.sub(body, 1, 8) ~= '{"error"' then
+          redis.call('SET', key, body, 'PX', ttl)
+          verdict = 0
+        elseif differs then
+          verdict = 2
+        end
+      elseif differs then
+        verdict = 3
+      end
+      if verdict ~= 0 then
+        local same = standing == body
+          or not (old and new) and bare(standing, old) == bare(body, new)
+        local counter = '{' .. key .. '}:again'
+        local counted = redis.pcall('HINCRBY', counter, same and 'same' or 'differs', 1)
+        if type(counted) == 'number' then
+          redis.call('PEXPIRE', counter, ttl)
+        elseif not string.find(counted.err, 'non local key', 1, true)
+          and not string.find(counted.err, 'WRONGTYPE', 1, true) then
+          return counted
+        end
+        local send = verdict == 1 and string.byte(wanted, i) == 49
+        local n = #news
+        news[n + 1], news[n + 2], news[n + 3] = i, verdict, send and standing or ''
+      end
     end
   end
 end

@@ -14,7 +14,7 @@ import structlog
 from inferfleet.core.brake import Brake
 from inferfleet.errors import RULES
 from inferfleet.ports import PauseBoard
-from inferfleet.records import Requests, RowFailure
+from inferfleet.records import Failures, Requests, RowFailure
 from inferfleet.worker.deadletter import origin_of
 
 log = structlog.get_logger(__name__)
@@ -50,14 +50,26 @@ class Brakes:
         if brake.tripped is not None and route not in self._board.current():
             brake.reset()  # it was resumed since, and has not been looked at
         brake.observe_batch(answered, [f.part.ids[0] for f in first], [f.code for f in first])
-        if first and brake.tripped is not None and route not in self._board.current():
-            log.error("brake_tripped", route=route, reason=brake.tripped)
-            self._board.pause(route, brake.tripped)
+        if first:
+            self._pull(route, brake)
         if not counted or route not in self._board.current():
             return failures
         kept = [failure.part for failure in counted if failure.part.chunk.live]
         self._withheld.setdefault(route, []).extend(kept)
         return [f for f in failures if not (RULES[f.code].brake and f.part.chunk.live)]
+
+    def unread(self, route: str, failures: Failures) -> None:
+        """Count first attempts that a fault of ours kept from being read; they end all the same."""
+        first = [i for i, row in enumerate(failures.rows) if origin_of(failures.chunk, row).attempt == 1]
+        ids = [failures.ids[i] or failures.chunk.called(failures.rows[i]) for i in first]
+        brake = self._brake(route)
+        brake.observe_failures(ids, [failures.codes[i] for i in first])
+        self._pull(route, brake)
+
+    def _pull(self, route: str, brake: Brake) -> None:
+        if brake.tripped is not None and route not in self._board.current():
+            log.error("brake_tripped", route=route, reason=brake.tripped)
+            self._board.pause(route, brake.tripped)
 
     def held(self) -> dict[str, str]:
         """Return the routes that are paused, and why."""

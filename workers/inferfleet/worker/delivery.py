@@ -158,6 +158,10 @@ class Delivery:
         verdict = (Code.DEADLINE, "the deadline passed before the request ran")
         self.fail(plan, failures_of(part, list(range(len(part))), [verdict] * len(part)))
 
+    def rejected(self, plan: RoutePlan, failures: Failures) -> None:
+        """End requests that could not be read; where that is our fault, the route's brake counts it."""
+        self._failing.unread(plan, failures)
+
     def fail(self, plan: RoutePlan, failures: Failures) -> None:
         """Publish one error outcome for each request, and a dead letter where its code asks for one."""
         self._failing.fail(plan, failures)

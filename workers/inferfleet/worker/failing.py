@@ -57,6 +57,13 @@ class Failing:
             found = failures_of(part, [0], [(failure.code, failure.text)])
             self.fail(plan, found, retryable=[failure.retryable], deadlines_ms=deadlines)
 
+    def unread(self, plan: RoutePlan, failures: Failures) -> None:
+        """End requests that could not be read."""
+        ours = [index for index, code in enumerate(failures.codes) if RULES[code].brake]
+        if ours and failures.chunk.live:
+            self._brakes.unread(plan.name, _picked(failures, ours))
+        self.fail(plan, failures)
+
     def fail(
         self,
         plan: RoutePlan,

@@ -371,6 +371,8 @@ class WorkerLoop:
         """Take nothing more, finish what was taken within ``timeout_s``; return how many stay open."""
         self._draining = True
         until = self._clock.monotonic() + timeout_s
+        # What a destination refused has this last chance: its pause may be longer than the drain.
+        self._delivery.retry_parked(self._clock.monotonic(), force=True)
         while self.open > self._brakes.withheld() and (left := until - self._clock.monotonic()) > 0:
             self.turn(min(left, BUSY_WAIT_S))
         return self.open

@@ -63,7 +63,7 @@ class Reading:
             for variant, piece in plan.steer(part):
                 self._batcher.add(variant.lane(piece), piece, started)
         if decoded.rejected is not None:
-            self._delivery.fail(plan, decoded.rejected)
+            self._delivery.rejected(plan, decoded.rejected)
         self._metrics.stage("read", self._clock.monotonic() - started)
 
     def again(self, plan: RoutePlan | None, part: Requests) -> None:

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from inferfleet.records import Chunk, Requests
-from inferfleet.wire.headers import GENERATED_ID
-from inferfleet.wire.stored import payload_hash
+from inferfleet.wire.headers import GENERATED_ID, REPLY
 from inferfleet.worker.deadletter import origin_of
 from inferfleet.worker.settling import Settling
 
 REMEMBERED = 16_384
 
-_Key = tuple[str, int, str, str, str | None, str | None]
+_Key = tuple[str, int, str, int, tuple[str | None, str | None, bytes | None]]
+"""Source, attempt, id, what this process calls the payload, and where answers are wanted."""
 Record = tuple[Chunk, int]
 
 
@@ -45,13 +45,18 @@ class Recent:
     def settled(self, settling: Settling) -> list[Record]:
         """Remember what has its outcomes; return the records that came again meanwhile and share them."""
         chunk = settling.chunk
+        answered = any(outcome == "ok" for _, _, outcome in settling.outcomes)
         sharing: list[Record] = []
         for row, request_id in zip(settling.rows, settling.ids, strict=True):
             key = _key(chunk, row, request_id)
             if key is None:
                 continue
-            self._answered[key] = None
-            self._answered.move_to_end(key)
+            # An error is not remembered: a message like it may be its caller's, or an operator's, next try.
+            if row in settling.replaced or not answered:
+                self._answered.pop(key, None)
+            else:
+                self._answered[key] = None
+                self._answered.move_to_end(key)
             sharing += self._running.pop(key, ())
         while len(self._answered) > self._limit:
             self._answered.popitem(last=False)
@@ -103,7 +108,11 @@ def _key(chunk: Chunk, row: int, request_id: str | None) -> _Key | None:
     if chunk.amqp is None or request_id is None or request_id.startswith(GENERATED_ID):
         return None
     amqp = chunk.amqp[row]
-    digest = payload_hash(chunk.values[row] or b"")
     # The attempt too: the next one comes by the same queue, and is settled by nothing but its own outcome.
     attempt = origin_of(chunk, row).attempt
-    return chunk.stream.source, attempt, request_id, digest, amqp.reply_to, amqp.correlation_id
+    replies = (amqp.reply_to, amqp.correlation_id, _reply_stream(chunk, row))
+    return chunk.stream.source, attempt, request_id, hash(chunk.values[row]), replies
+
+
+def _reply_stream(chunk: Chunk, row: int) -> bytes | None:
+    return next((value for name, value in chunk.headers[row] or () if name == REPLY), None)

@@ -1,8 +1,9 @@
 """Records that wait for another attempt: what they carry, and how they are read when they come back.
 
 Behind the original headers stand ours, as with a dead letter: where the record stood first, which attempt it
-asks for, and not before when. They are believed only from the pool's own retry topics and queues, where no
-caller can write; the last header of a name counts, so nothing that a caller sent can pose as ours.
+asks for, and not before when. They are believed only from the pool's own retry topics and queues, where
+callers should have no right to write. The last header of a name counts, so nothing that a caller sent poses
+as ours.
 """
 
 from __future__ import annotations
