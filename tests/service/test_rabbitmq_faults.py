@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.fleet import Fleet
-from tests.support.fleet_traffic import row_of
+from tests.support.fleet_traffic import row_of, v2_body
 from tests.support.rabbitmq_fleet import Queues, assert_right, codes, id_of, moody, rows, special
 from tests.support.rabbitmq_load import Load, plain
 from tests.support.scale import pick
@@ -236,3 +236,48 @@ def test_the_dead_letter_queue_is_away(node: RabbitServer, tmp_path: Path, recor
         assert codes(on.answers(2)) == {"bad-1": "E_DECODE", "good-1": ""}
         on.wait_empty()
         record_property("F38 rabbitmq", "1 letter, 0 lost, the route went on")
+
+
+def test_a_right_is_revoked_live(node: RabbitServer, tmp_path: Path, record_property: Record) -> None:
+    """F36: without the right to write its results a route stops and says why; the other goes on; then all."""
+    url = node.add_user("worker", "secret", "", ".*", ".*")
+    settings = {"worker": {"state": "state"}}
+    with Fleet(tmp_path / "fleet", None, rabbitmq=node, settings=settings) as fleet:
+        fleet.checksum()
+        broken, sound = Queues(fleet, node, "broken"), Queues(fleet, node, "sound")
+        fleet.route("broken", **broken.route_keys)
+        fleet.route("sound", **sound.route_keys)
+        fleet.prepare()
+        worker = fleet.worker("w-1", INFERFLEET__RABBITMQ__URL=url)
+        node.set_permissions("worker", "", rf"^(amq\.default|{sound.exchange})$", ".*")
+        lost = rows("b", 20)
+        broken.send(lost)
+        wait_until(lambda: "broken" in worker.status()["paused"], 60, "the route is paused")
+        assert broken.exchange in worker.status()["paused"]["broken"]
+        fine = rows("s", 20)
+        sound.send(fine)
+        assert_right(fine, sound.answers(20))
+        node.set_permissions("worker", "", ".*", ".*")
+        assert_right(lost, broken.answers(20))
+        record_property("F36 right revoked", "one route paused, the other went on, 0 lost")
+
+
+def test_an_answer_that_is_too_large(rabbitmq: RabbitServer, tmp_path: Path, record_property: Record) -> None:
+    """F37: one error and one dead letter; the answers beside it are given."""
+    settings = {"limits": {"max_result_bytes": 4000}, "worker": {"state": "state"}}
+    with Fleet(tmp_path / "fleet", None, rabbitmq=rabbitmq, settings=settings) as fleet:
+        fleet.checksum()
+        on = Queues(fleet, rabbitmq, "sums")
+        fleet.route("sums", max_queue_delay_ms=200, **on.route_keys)
+        with fleet.prepare().running():
+            small = rows("s", 20)
+            on.send(small)
+            large = v2_body([row_of(n) for n in range(500)])
+            rabbitmq.publish(on.source, large, message_id="large")
+            outcomes = on.answers(21)
+            assert codes(outcomes)["large"] == "E_RESULT_TOO_LARGE"
+            assert_right(small, [each for each in outcomes if id_of(each) != "large"])
+            (letter,) = on.letters(1)
+            assert letter.body == large
+            on.wait_empty()
+        record_property("F37 rabbitmq", "1 error, 1 letter, 20 answers beside them")
