@@ -10,7 +10,7 @@ import pytest
 
 from tests.simulation.world import World
 
-SEEDS = 110
+SEEDS = 150
 MUST_HAPPEN = (
     "answer",
     "repeated outcome",
