@@ -71,11 +71,16 @@ class RedisCluster:
         return self._owners[key_slot(key.encode())]
 
     def move_slots(self, slots: Iterable[int], target: int) -> None:
-        """Move slots to node ``target``, with their keys, while clients go on."""
+        """Move slots to node ``target``, with their keys, while clients go on; return when all nodes know.
+
+        A node that is given a slot takes an epoch above all that it knows of, so the next target must have
+        heard of this one, or two nodes claim slots by the same epoch.
+        """
         for slot in slots:
             if self._owners[slot] != target:
                 with self.moving(slot, target):
                     pass
+        wait_until(self._agree, 30, "every node knows whose the slots are")
 
     @contextlib.contextmanager
     def moving(self, slot: int, target: int) -> Iterator[None]:
@@ -93,7 +98,7 @@ class RedisCluster:
                 old.execute_command("MIGRATE", *place, "", 0, 5000, "KEYS", *keys)
             for client in (new, old):
                 client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", self._ids[target])
-        self._owners[slot] = target
+            self._owners[slot] = target
 
     def on_all(self, *words: Any) -> list[Any]:
         """Run one command on every node and return the answers."""
@@ -118,11 +123,16 @@ class RedisCluster:
         wait_until(self._agree, 30, "every node sees the whole cluster")
 
     def _agree(self) -> bool:
+        ports = [node.port for node in self.nodes]
+        wanted = [ports[owner] for owner in self._owners]
         for node in self.nodes:
             with node.client() as client:
                 if client.cluster("INFO")["cluster_state"] != "ok":
                     return False
-                if len(client.execute_command("CLUSTER", "SLOTS")) != len(self.nodes):
+                known = [0] * SLOTS
+                for low, high, owner, *_ in client.execute_command("CLUSTER", "SLOTS"):
+                    known[low : high + 1] = [owner[1]] * (high + 1 - low)
+                if known != wanted:
                     return False
         return True
 
