@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from redis.crc import key_slot
@@ -19,7 +20,9 @@ from tests.support.redis_writer import FLEET, OPTIONS, ROUTE, Writer, missing, r
 from tests.support.scale import pick
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
+Record = Any
+"""``record_property`` of pytest: a figure for the summary of faults."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_a_counter_is_in_the_slot_of_its_result() -> None:
         assert key_slot(one.encode()) == key_slot(other.encode())
 
 
-def test_slots_that_move_lose_nothing(cluster: RedisCluster, writer: Writer) -> None:
+def test_slots_that_move_lose_nothing(cluster: RedisCluster, writer: Writer, record_property: Record) -> None:
     """Slots go from node to node with their keys under a stream of new and repeated results."""
     count = pick(3000, 30_000)
     slots = sorted({slot_of(number) for number in range(count)})[: pick(100, 1500)]
@@ -66,7 +69,10 @@ def test_slots_that_move_lose_nothing(cluster: RedisCluster, writer: Writer) -> 
         counted = repeats(client, count)
         assert replied(client, "c")
     assert set(counted) == {"same"}
-    print(f"\n{len(slots)} slots moved, {rounds} x {count} results, {counted['same']} repeats counted")
+    record_property(
+        "F16 MOVED, outlet",
+        f"{len(slots)} slots moved, {rounds} x {count} results: 0 lost, {counted['same']} repeats counted",
+    )
     assert counted["same"] <= (rounds - 1) * count
     assert counted["same"] >= (rounds - 1) * count - len(slots) * rounds * 5
     assert writer.lost == {}
@@ -132,7 +138,9 @@ def test_a_node_that_dies_is_waited_for(cluster: RedisCluster, writer: Writer) -
     assert writer.lost == {}
 
 
-def test_a_cluster_keeps_pace(cluster: RedisCluster, redis_server: RedisServer) -> None:
+def test_a_cluster_keeps_pace(
+    cluster: RedisCluster, redis_server: RedisServer, record_property: Record
+) -> None:
     """Rows go to each node side by side: a cluster is a few times slower than one server, not a hundred."""
     total = pick(5000, 50_000)
     rates = {}
@@ -150,5 +158,8 @@ def test_a_cluster_keeps_pace(cluster: RedisCluster, redis_server: RedisServer) 
         rates[name] = total / (time.perf_counter() - started_at)
         assert writer.outlet.close(5) == 0
     ratio = rates["single"] / rates["cluster"]
-    print(f"\nresults/s: {rates['single']:,.0f} single, {rates['cluster']:,.0f} cluster, ratio {ratio:.1f}")
+    record_property(
+        "redis cluster",
+        f"{rates['single']:,.0f}/s single, {rates['cluster']:,.0f}/s cluster, ratio {ratio:.1f}",
+    )
     assert ratio < 25

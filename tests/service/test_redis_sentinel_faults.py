@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -14,11 +15,15 @@ from tests.support.redis_writer import Writer, missing, repeats
 from tests.support.scale import pick
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
+Record = Any
+"""``record_property`` of pytest: a figure for the summary of faults."""
 
 
 @pytest.mark.parametrize("sentinels", pick([3], [1, 3]))
-def test_a_failover_is_followed_and_its_loss_is_told(data_folder: Path, sentinels: int) -> None:
+def test_a_failover_is_followed_and_its_loss_is_told(
+    data_folder: Path, sentinels: int, record_property: Record
+) -> None:
     """The replica is cut off before the master dies, so confirmed results are lost: every one is counted."""
     with RedisSentinel(data_folder, sentinels) as pair:
         place = Place(mode="sentinel", nodes=pair.addresses, sentinel_master=pair.NAME, timeout_s=1.0)
@@ -50,9 +55,10 @@ def test_a_failover_is_followed_and_its_loss_is_told(data_folder: Path, sentinel
             gone = missing(client, writer.published)
             counted = repeats(client, writer.published)
 
-    print(
-        f"\n{sentinels} sentinels: {confirmed} confirmed before the failover, {len(gone)} of them lost and "
-        f"{writer.lost.total()} told; writing again after {back_s:.1f} s"
+    record_property(
+        f"F16 {sentinels} sentinels",
+        f"{confirmed} confirmed before the failover, {len(gone)} lost and {writer.lost.total()} of them told; "
+        f"writing again after {back_s:.1f} s",
     )
     # What the replica had stands, what it never heard of is lost, and what came after the failover stands.
     assert gone == list(range(kept, confirmed))

@@ -19,7 +19,9 @@ from tests.support.scale import full, pick
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.fault]
+Record = Any
+"""``record_property`` of pytest: a figure for the summary of faults."""
 RATE = 200
 
 
@@ -100,7 +102,7 @@ def cannot_save(redis: RedisServer) -> Callable[[], None]:
 
 @pytest.mark.parametrize("fault", [out_of_memory, cannot_save])
 def test_a_redis_that_refuses_writes_holds_its_route_only(
-    place: Place, fault: Callable[[RedisServer], Callable[[], None]]
+    place: Place, fault: Callable[[RedisServer], Callable[[], None]], record_property: Record
 ) -> None:
     """OOM and MISCONF are back-pressure: no dead letter, other routes go on, this one resumes by itself."""
     fleet, worker, redis, client = place
@@ -136,7 +138,8 @@ def test_a_redis_that_refuses_writes_holds_its_route_only(
     with redis.client() as stored:
         found = bodies_in(stored.get, fleet, sent)
         counted = [stored.hgetall(again_key(fleet.name, "stored", name)) for name in sent]
-    print(f"\n{prefix} ({reason}): {verdict}, resumed {resumed_s:.1f} s after the mend")
+    said = f"{reason}: {verdict}, 0 dead letters, resumed {resumed_s:.1f} s after the mend"
+    record_property(f"F14 {prefix}", said)
     assert verdict.right, verdict
     assert worker.metric("dead_letters_total") == 0
     assert found == {name: list(reader.only(name).check) for name in sent}
@@ -167,7 +170,7 @@ def latencies(place: Place, prefix: str, count: int) -> list[float]:
         return sorted(float(reader.only(name).timestamp_ms - sent_at[name]) for name in sent_at)
 
 
-def test_a_slow_redis_leaves_other_routes_alone(place: Place) -> None:
+def test_a_slow_redis_leaves_other_routes_alone(place: Place, record_property: Record) -> None:
     """While Redis answers no write, a route without it is as fast as before."""
     fleet, worker, redis, client = place
     count = pick(200, 4000)
@@ -190,14 +193,15 @@ def test_a_slow_redis_leaves_other_routes_alone(place: Place) -> None:
         reader.by_id = {name: found for name, found in reader.by_id.items() if name in load.rows}
         verdict = judge(load.rows, reader)
     p50, p99 = ([values[int(share * len(values))] for values in (calm, paused)] for share in (0.5, 0.99))
-    print(f"\nplain route beside a slow Redis: p50 {p50[0]} -> {p50[1]} ms, p99 {p99[0]} -> {p99[1]} ms")
+    said = f"route without redis: p50 {p50[0]} -> {p50[1]} ms, p99 {p99[0]} -> {p99[1]} ms"
+    record_property("F17 slow redis", said)
     assert verdict.right, verdict
     assert worker.metric("dead_letters_total") == 0
     assert p99[1] <= 1.1 * p99[0] + (20 if full() else 200)
 
 
 def test_a_worker_on_a_cluster_whose_slots_move(
-    kafka: KafkaServer, redis_cluster: RedisCluster, tmp_path: Path
+    kafka: KafkaServer, redis_cluster: RedisCluster, tmp_path: Path, record_property: Record
 ) -> None:
     """Slots with results move while requests are answered: each stands once, with its own answer."""
     client = kafka.client_config()
@@ -225,7 +229,7 @@ def test_a_worker_on_a_cluster_whose_slots_move(
             assert worker.metric("dead_letters_total") == 0
             assert worker.metric("results_lost_total") == 0
             assert worker.events("results_away") == []
-    print(f"\nslots moved under a worker: {verdict}")
+    record_property("F16 MOVED, worker", f"{len(slots)} slots moved: {verdict}")
     assert verdict.right, verdict
     assert verdict.duplicates == 0
     assert found == {name: list(reader.only(name).check) for name in load.rows}
