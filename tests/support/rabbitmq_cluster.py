@@ -24,6 +24,7 @@ class RabbitCluster:
         self, folder: Path, nodes: int = 3, *, config: Sequence[str] = (), advanced: str = ""
     ) -> None:
         self._mapper = PortMapper(folder)
+        self._formed = False
         cookie = secrets.token_hex(16)
         self.nodes = [
             RabbitServer(folder / f"node-{number}", advanced=advanced, mapper=self._mapper, cookie=cookie)
@@ -32,7 +33,7 @@ class RabbitCluster:
         first = self.nodes[0]
         first.config = list(config)
         for node in self.nodes[1:]:
-            # The first node waits for nobody and the others for the first, so that all may boot at once.
+            # The first node waits for nobody and the others for the first, whichever of them is slow.
             node.config = [
                 f"cluster_formation.classic_config.nodes.1 = {first.node}",
                 f"cluster_formation.classic_config.nodes.2 = {node.node}",
@@ -56,12 +57,19 @@ class RabbitCluster:
         return [node.url for node in self.nodes]
 
     def start_all(self, timeout_s: float = 120.0) -> None:
-        """Start every node that is down; return once all have found each other."""
+        """Start every node that is down; return once all have found each other.
+
+        The first time one after the other: nodes that join at once may meet a schema that is half changed.
+        Later all together: a node that was not the last to stop waits for one that was.
+        """
         for node in self.nodes:
             if not node.running:
                 node.launch()
+            if not self._formed:
+                node.wait_ready(timeout_s)
         for node in self.nodes:
             node.wait_ready(timeout_s)
+        self._formed = True
         wait_until(self._is_whole, timeout_s, "every node knows of all others", every_s=0.1)
 
     def stop_all(self) -> None:
