@@ -57,7 +57,7 @@ def test_a_failover_is_followed_and_its_loss_is_told(
 
     record_property(
         f"F16 {sentinels} sentinels",
-        f"{confirmed} confirmed before the failover, {len(gone)} lost and {writer.lost.total()} of them told; "
+        f"{confirmed} confirmed before the failover, {len(gone)} lost and {writer.lost.total()} told; "
         f"writing again after {back_s:.1f} s",
     )
     # What the replica had stands, what it never heard of is lost, and what came after the failover stands.
