@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.fleet_traffic import (
     row_of,
     v2_body,
 )
+from tests.support.scale import pick
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
 
@@ -84,7 +86,9 @@ def wait_paused(worker: WorkerProcess, route: str) -> str:
 
 
 @pytest.mark.slow
-def test_redis_dies_and_freezes(own_kafka: KafkaServer, own_redis: RedisServer, tmp_path: Path) -> None:
+def test_redis_dies_and_freezes(
+    own_kafka: KafkaServer, own_redis: RedisServer, tmp_path: Path, record_property: Any
+) -> None:
     """Without Redis its route pauses and says so, the worker stays ready, the other route goes on."""
     client = own_kafka.client_config()
     with Fleet(tmp_path, own_kafka, own_redis) as fleet:
@@ -106,7 +110,7 @@ def test_redis_dies_and_freezes(own_kafka: KafkaServer, own_redis: RedisServer, 
                     sender.send(fleet.source("plain"), v2_body([row_of(1)]), id=f"plain-{number}")
                     sender.flush()
                     other.wait_ids([f"plain-{number}"])
-                    load.wait_sent(RATE)
+                    load.wait_sent(pick(1, 30) * RATE)
                     assert "stored" in worker.status()["paused"]
                     own_redis.resume() if number else own_redis.start()
                     wait_until(lambda: not worker.status()["paused"], 30, "the route resumes")
@@ -120,7 +124,7 @@ def test_redis_dies_and_freezes(own_kafka: KafkaServer, own_redis: RedisServer, 
                 wait_until(lambda: all(redis.mget(keys)), 20, "all results in Redis")
                 bodies = [json.loads(body)["outputs"][0]["data"] for body in redis.mget(keys)]
 
-    print(f"\nRedis killed and frozen: {verdict}")
+    record_property("F13 redis", f"killed and frozen, {pick(1, 30)} s each and more: {verdict}")
     assert verdict.right, verdict
     assert verdict.duplicates == 0
     assert bodies == [list(reader.only(name).check) for name in load.rows]
