@@ -116,7 +116,7 @@ def test_an_alarm_blocks_publishers(
         raise_alarm(True)
         worker = fleet.worker()
         wait_until(lambda: "sums" in worker.status()["paused"], 60, "the route is paused")
-        assert on.messages() == len(sent)
+        wait_until(lambda: on.messages() == len(sent), 20, "nothing is acknowledged", every_s=0.3)
         wait_until(lambda: worker.ask("/healthz")[0] == 200, 10, "the worker is alive")
         raise_alarm(False)
         cleared = time.monotonic()
