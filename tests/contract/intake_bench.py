@@ -236,7 +236,8 @@ class KafkaBench(Bench):
         self._server = server
         self._config = {**server.client_config(), "log_level": 0}
         self._admin = server.admin()
-        self._producer = Producer({**self._config, "linger.ms": 0})
+        # Idempotent, so that what a fresh topic refuses at first is not sent again behind what came later.
+        self._producer = Producer({**self._config, "linger.ms": 0, "enable.idempotence": True})
 
     def topic(self, partitions: int = 1) -> str:
         name = f"intake.{secrets.token_hex(4)}"
