@@ -19,7 +19,6 @@ from pika.exceptions import (
 )
 
 from tests.support.process import ServerError
-from tests.support.rabbitmq_cluster import RabbitCluster
 from tests.support.rabbitmq_publisher import SteadyPublisher
 from tests.support.rabbitmq_queues import DIRECT_REPLY
 from tests.support.servers import RabbitServer
@@ -206,34 +205,3 @@ def test_a_steady_publisher_leaves_every_message_in_the_queue(data_folder: Path)
         assert {each.body for each in found} == {b"%d" % number for number in range(6_000)}
         assert len(found) - 6_000 <= publisher.repeated
         assert all(each.properties.message_id == f"m-{each.body.decode()}" for each in found)
-
-
-@pytest.mark.slow
-def test_a_quorum_queue_keeps_confirmed_messages_while_each_node_is_stopped_once(data_folder: Path) -> None:
-    """With one of three nodes away, whichever it is, messages are confirmed, and in the end all are there."""
-    with RabbitCluster(data_folder) as cluster:
-        cluster.nodes[0].declare("kept")
-        cluster.wait_ready()
-        (members,) = [row["members"] for row in cluster.up().list_queues("name", "members")]
-        assert len(members) == 3
-
-        sent: list[str] = []
-        with SteadyPublisher(*cluster.urls) as publisher:
-            for number in range(3):
-                cluster.stop(number)
-                for _ in range(100):
-                    sent.append(f"m-{len(sent)}")
-                    publisher.publish("kept", sent[-1].encode())
-                publisher.wait(60)
-                cluster.start(number)
-            leader = cluster.leader("kept")
-            cluster.kill(leader)
-            sent.append("after a kill")
-            publisher.publish("kept", sent[-1].encode())
-            publisher.wait(60)
-            assert cluster.leader("kept") != leader
-
-        up = cluster.up()
-        found = up.take("kept", up.depth("kept"))
-        assert {each.body.decode() for each in found} == set(sent)
-        assert len(found) - len(sent) <= publisher.repeated

@@ -105,6 +105,7 @@ class Publisher:
         self._returned: dict[int, str] = {}
         self._counts: dict[Group, int] = {}
         self._open: tuple[Connected, int] | None = None
+        self._refusing = False
         self._routes: dict[bytes, Route] = {}
         self._work = asyncio.Event()
         self._over = asyncio.Event()
@@ -122,7 +123,7 @@ class Publisher:
 
     def pump(self) -> None:
         """Write what waits, while the socket takes it and the broker does not block."""
-        while self._waiting and self._open is not None:
+        while self._waiting and self._open is not None and not self._refusing:
             connected, number = self._open
             tap = connected.tap
             if not tap.writable or tap.splitter.blocked or tap.lost.is_set():
@@ -199,6 +200,7 @@ class Publisher:
         group, row = found
         text = self._returned.pop(tag, None) if self._returned else None
         if not accepted:
+            self._refusing = True
             text = (
                 f"the broker could not keep a message for exchange {self.exchange!r} (its queue may be full)"
             )
@@ -235,7 +237,14 @@ class Publisher:
         self._open = None
 
     def flush(self) -> None:
-        """Tell what was confirmed in one read, and write what waits."""
+        """Tell what was confirmed in one read, and write what waits.
+
+        A channel that has refused is left once nothing is out on it: one that published while a quorum queue
+        had no leader is refused for ever, although others are not.
+        """
+        if self._refusing and not self._sent and self._open is not None:
+            self._open = None
+            self._over.set()
         if self._counts:
             counts, self._counts = self._counts, {}
             for group, count in counts.items():
@@ -276,6 +285,7 @@ class Publisher:
         self._returned.clear()
         self._routes.clear()
         self._over.clear()
+        self._refusing = False
         tap.splitter.sinks[channel.number] = self
         tap.on_writable.append(self.pump)
         self._open = (connected, channel.number)
