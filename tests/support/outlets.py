@@ -130,7 +130,7 @@ def route_plan(
     signature: Signature,
     *,
     results: Sequence[str] = ("kafka:out",),
-    variants: Sequence[Variant] = (Variant("stable", "1", 1.0, 0, 10_000),),
+    variants: Sequence[Variant] = (Variant("stable", "1", 1.0, ((0, 10_000),)),),
     config: Config | None = None,
     signatures: dict[str, Signature] | None = None,
     batching: Batching | None = None,

@@ -206,8 +206,7 @@ def test_routes_are_listed_and_shown(fleet: Path) -> None:
         "name": "canary",
         "version": "2",
         "weight": 5.0,
-        "low": 9500,
-        "high": 10000,
+        "ranges": [[9500, 10000]],
     }
     assert "canary   2        5%     9500-9999" in run("--config", fleet, "route", "show", "digits").stdout
     assert toml.startswith('[[route]]\nname = "digits"\n')

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from inferfleet.cli.route import route_toml
 from inferfleet.errors import ConfigError
-from inferfleet.routes import BUCKETS, Destination, Variant, bucket_counts, load_routes, parse_routes
+from inferfleet.routes import BUCKETS, Destination, Variant, load_routes, parse_routes
+from inferfleet.variants import bucket_counts
 
 BASE = '[[route]]\nname = "a"\nsource = "kafka:in"\nresults = ["kafka:out", "redis"]\nmodel = "m"\n'
 ONE = BASE + 'version = "1"\n'
@@ -33,7 +34,7 @@ def test_the_short_form_is_one_variant_over_all_buckets() -> None:
     """version alone means one stable variant, with the contract's defaults."""
     (route,) = parse_routes(ONE, "f", "x").routes
 
-    assert route.variants == (Variant("stable", "1", 1.0, 0, BUCKETS),)
+    assert route.variants == (Variant("stable", "1", 1.0, ((0, BUCKETS),)),)
     assert route.source == Destination("kafka", "in")
     assert route.results == (Destination("kafka", "out"), Destination("redis", ""))
     assert (route.pool, route.salt, route.split_by, route.input) == ("default", "f/a", "key", "v2")
@@ -44,7 +45,7 @@ def test_weights_become_adjacent_ranges() -> None:
     """95 to 5 splits 10,000 buckets at 9,500."""
     (route,) = parse_routes(TWO, "f", "x").routes
 
-    assert [(each.low, each.high) for each in route.variants] == [(0, 9500), (9500, 10000)]
+    assert [each.ranges for each in route.variants] == [((0, 9500),), ((9500, 10000),)]
     assert route.variant_at(9499).name == "stable"
     assert route.variant_at(9500).name == "canary"
 
@@ -60,7 +61,7 @@ def test_weights_become_adjacent_ranges() -> None:
         (BASE + 'verison = "1"', 'no key "verison"; did you mean "version"?'),
         (BASE + "varaints = []", 'did you mean "variants"?'),
         (TWO + 'version = "1"', "has both version and variants"),
-        (ONE + "shadows = [{ name = 's' }]", "shadows are not available yet in this release"),
+        (ONE + "shadows = [{ name = 's' }]", "needs the key"),
         (ONE.replace("kafka:in", "rabbitmq:in/x"), "a source is a queue, rabbitmq:QUEUE, without a slash"),
         (ONE.replace("kafka:in", "rabbitmq:a b"), "a name is at most 255 bytes"),
         (ONE.replace('"redis"', '"rabbitmq:out"'), "rabbitmq:/QUEUE reaches a queue by its name"),

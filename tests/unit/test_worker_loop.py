@@ -103,7 +103,7 @@ class Bench:
     def use(self, version: str = "1", **route: Any) -> RoutePlan:
         """Serve the route by this version from now on, and no longer by those before."""
         config = Config(worker=Worker(id="w"), retry=Retry(delays_ms=()))
-        variants = (Variant("stable", version, 100, 0, 10_000),)
+        variants = (Variant("stable", version, 100, ((0, 10_000),)),)
         plan = route_plan(SIGNATURE, variants=variants, config=config, **route)
         self.loop.use([plan])
         self.loop.engines.watch(plan.variants[0].engine)

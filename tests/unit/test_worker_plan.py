@@ -15,7 +15,7 @@ from tests.support.builders import chunk, codes, requests, v2
 from tests.support.outlets import route_plan
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (4,)),), (TensorSpec("y", "FP32", (2,)),))
-SPLIT = (Variant("stable", "1", 70, 0, 7_000), Variant("canary", "2", 30, 7_000, 10_000))
+SPLIT = (Variant("stable", "1", 70, ((0, 7_000),)), Variant("canary", "2", 30, ((7_000, 10_000),)))
 SALT = "inferfleet/digits"
 
 

@@ -328,7 +328,10 @@ def test_what_was_held_back_runs_by_the_routes_as_they_are() -> None:
     of = chunk([b"{}", v2([1, 2, 3, 4], [1, 4], request_id="mine")])
     part = _held_back(bench, of)
     now = route_plan(
-        SIGNATURE, results=["kafka:out"], variants=(Variant("stable", "7", 1, 0, 10_000),), max_batch_size=3
+        SIGNATURE,
+        results=["kafka:out"],
+        variants=(Variant("stable", "7", 1, ((0, 10_000),)),),
+        max_batch_size=3,
     )
     bench.reading.again(now, part)
     assert bench.queued() is None
@@ -345,7 +348,7 @@ def test_what_a_new_version_cannot_read_ends_as_an_error() -> None:
     of = chunk([GOOD, GOOD])
     part = _held_back(bench, of)
     other = Signature((TensorSpec("x", "FP32", (5,)),), SIGNATURE.outputs)
-    now = route_plan(other, results=["kafka:out"], variants=(Variant("stable", "7", 1, 0, 10_000),))
+    now = route_plan(other, results=["kafka:out"], variants=(Variant("stable", "7", 1, ((0, 10_000),)),))
     bench.reading.again(now, part)
     assert bench.codes("out") == ["E_SHAPE"]
     assert [(settling.chunk, settling.rows) for settling in bench.settled] == [(of, [0])]

@@ -120,10 +120,14 @@ class Redis(Section, frozen=True):
 
 
 class Models(Section, frozen=True):
-    """The model repository; ``trusted`` lists what may run code, ``name`` or ``name@sha256:...``."""
+    """The model repository; ``trusted`` lists what may run code, ``name`` or ``name@sha256:...``.
+
+    ``memory_bytes`` bounds what loaded versions may hold on the worker's device; 0 sets no bound.
+    """
 
     repository: str = "models"
     trusted: tuple[str, ...] = ()
+    memory_bytes: NotNegative = 0
 
 
 class Routes(Section, frozen=True):
@@ -132,6 +136,24 @@ class Routes(Section, frozen=True):
     source: Annotated[str, Meta(pattern=r"^(file:.+|fleet)\Z", description='"file:PATH" or "fleet"')] = (
         "file:routes.toml"
     )
+
+
+class Routing(Section, frozen=True):
+    """Routes from the control plane: how far back versions stay, and how far ahead a switch is set.
+
+    ``barrier_s`` is how long a change waits for every worker to have its versions ready.
+    """
+
+    horizon_s: Positive = 3600
+    lead_ms: Annotated[int, Meta(ge=0, le=600_000)] = 2000
+    barrier_s: Annotated[float, Meta(gt=0)] = 300
+
+
+class Reports(Section, frozen=True):
+    """How often workers send what they have counted, and say that they live."""
+
+    every_s: Annotated[float, Meta(ge=0.2, le=60)] = 5
+    heartbeat_s: Annotated[float, Meta(ge=0.2, le=60)] = 2
 
 
 class Worker(Section, frozen=True):
@@ -230,6 +252,8 @@ class Config(Section, frozen=True):
     control: Redis | None = None
     models: Models = Models()
     routes: Routes = Routes()
+    routing: Routing = Routing()
+    reports: Reports = Reports()
     worker: Worker = Worker()
     coordinator: Coordinator = Coordinator()
     batching: Batching = Batching()

@@ -114,6 +114,22 @@ class BrokerError(InferfleetError):
     """The broker refused something that waiting does not mend (authorisation, missing topic)."""
 
 
+class ControlError(InferfleetError):
+    """The control plane cannot be read or written now; names its address."""
+
+
+class ConflictError(InferfleetError):
+    """Somebody else changed the same thing since it was read; read again and decide anew."""
+
+
+class FencedError(InferfleetError):
+    """The lease is gone: another coordinator leads now, and this step was not taken."""
+
+
+class LogLostError(InferfleetError):
+    """The store's log lies behind what workers hold; only a person may go back (``route apply --reset``)."""
+
+
 class RequestError(InferfleetError):
     """One request's own failure, raised by the cold path of the decoders and by model handlers."""
 

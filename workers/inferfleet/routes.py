@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,9 +14,16 @@ from inferfleet import tables
 from inferfleet.config import Milliseconds, Name, Positive
 from inferfleet.errors import ConfigError
 from inferfleet.tables import Leaf
-
-BUCKETS = 10_000
-MAX_VARIANTS = 64
+from inferfleet.variants import BUCKETS as BUCKETS
+from inferfleet.variants import Shadow as Shadow
+from inferfleet.variants import Variant as Variant
+from inferfleet.variants import (
+    VersionNumber,
+    parse_shadows,
+    parse_variants,
+    plain_variants,
+    refuse_latest,
+)
 
 DestinationKind = Literal["kafka", "rabbitmq", "redis", "reply"]
 
@@ -35,20 +41,11 @@ class Destination(NamedTuple):
         return f"{self.kind}:{self.name}" if self.name else self.kind
 
 
-class Variant(NamedTuple):
-    """A model version with its range of buckets, ``low`` to ``high`` (exclusive)."""
-
-    name: str
-    version: str
-    weight: float
-    low: int
-    high: int
-
-
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One assignment: the requests of ``source`` are answered by ``variants`` of ``model`` into ``results``.
 
-    The ranges of the variants are in order, have no gap, and cover all buckets.
+    The ranges of the variants do not overlap and cover all buckets; the first variant is the stable one.
+    ``shadow_of`` names the route whose source this one sees without answering anybody (a detached shadow).
     """
 
     name: str
@@ -56,6 +53,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     results: tuple[Destination, ...]
     model: str
     variants: tuple[Variant, ...]
+    shadows: tuple[Shadow, ...] = ()
+    shadow_of: str | None = None
     pool: str = "default"
     split_by: str = "key"
     salt: str
@@ -71,7 +70,19 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     def variant_at(self, bucket: int) -> Variant:
         """Return the variant whose range holds the bucket."""
-        return next(each for each in self.variants if each.low <= bucket < each.high)
+        for variant in self.variants:
+            if any(low <= bucket < high for low, high in variant.ranges):
+                return variant
+        raise LookupError(f"route {self.name}: no variant owns bucket {bucket}")
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """The versions of ``model`` that it runs, shadows included."""
+        return frozenset([each.version for each in self.variants] + [each.version for each in self.shadows])
+
+    def shadow_salt(self, shadow: Shadow) -> str:
+        """The salt of a shadow's sampling, so that it does not line up with the variants."""
+        return f"{self.salt}/shadow/{shadow.name}"
 
 
 class RouteTable(NamedTuple):
@@ -94,27 +105,15 @@ class RouteTable(NamedTuple):
         raise ConfigError(f'no route is named "{name}"{hint}')
 
 
-_Version = Annotated[
-    str, Meta(pattern=r"^[1-9][0-9]{0,17}\Z", description='a positive whole number as text, such as "1"')
-]
-
-
-class _VariantTable(msgspec.Struct):
-    name: Name
-    version: _Version
-    weight: Annotated[float, Meta(gt=0, lt=1e9)]
-
-
 class _RouteTable(msgspec.Struct):
     """The keys of one ``[[route]]``, as users write them."""
 
     name: Name
     source: str
-    results: Annotated[
-        tuple[str, ...], Meta(min_length=1, description='a list such as ["kafka:TOPIC", "redis"]')
-    ]
+    results: Annotated[tuple[str, ...], Meta(description='a list such as ["kafka:TOPIC", "redis"]')] = ()
     model: Name
-    version: _Version | None = None
+    version: VersionNumber | None = None
+    shadow_of: Name | None = None
     pool: Name = "default"
     split_by: Annotated[
         str,
@@ -139,7 +138,11 @@ def load_routes(path: Path, fleet: str) -> RouteTable:
 
 def parse_routes(text: str, fleet: str, origin: str) -> RouteTable:
     """Return the routes of a document; ``origin`` names it in errors, ``fleet`` is part of default salts."""
-    tree = tables.parse_toml(text, origin)
+    return route_table(tables.parse_toml(text, origin), fleet, origin)
+
+
+def route_table(tree: Mapping[str, Any], fleet: str, origin: str) -> RouteTable:
+    """Return the routes of a parsed document, ``{"route": [...]}``; anything wrong raises ConfigError."""
     for key in tree:
         if key != "route":
             mend = tables.nearest(key, ["route"])
@@ -176,21 +179,17 @@ def _route(entry: Mapping[str, Any], index: int, fleet: str, origin: str) -> Rou
     name = entry.get("name")
     where = f'route "{name}"' if isinstance(name, str) else f"route number {index + 1}"
     place = f"{origin}: {where}"
-    if entry.get("shadows"):
-        raise ConfigError(f"{place}: shadows are not available yet in this release; remove them")
-    if entry.get("version") == "latest":
-        raise ConfigError(
-            f'{place}: version = "latest" would change without a trace; name the number, such as "1"'
-        )
+    refuse_latest(entry, place)
     plain = {key: Leaf(value, origin) for key, value in entry.items() if key not in ("variants", "shadows")}
     table = tables.build(_RouteTable, plain, where, extra=("variants", "shadows"), origin=origin)
     source = _destination(table.source, place, "source")
     results = tuple(_destination(each, place, "results") for each in table.results)
-    _check_results(source, results, place)
+    _check_results(source, results, place, table.shadow_of)
     return Route(
         source=source,
         results=results,
-        variants=_variants(entry, table.version, place, where, origin),
+        variants=parse_variants(entry, table.version, place, where, origin),
+        shadows=parse_shadows(entry, place, where, origin),
         salt=f"{fleet}/{table.name}" if table.salt is None else table.salt,
         **{key: getattr(table, key) for key in _COPIED},
     )
@@ -201,7 +200,13 @@ _COPIED = tuple(
 )
 
 
-def _check_results(source: Destination, results: Sequence[Destination], place: str) -> None:
+def _check_results(
+    source: Destination, results: Sequence[Destination], place: str, shadow_of: str | None
+) -> None:
+    if bool(results) == (shadow_of is not None):
+        if results:
+            raise ConfigError(f"{place}: shadow_of and results exclude each other: a shadow answers nobody")
+        raise ConfigError(f'{place}: results must be a list such as ["kafka:TOPIC", "redis"]')
     if len(set(results)) != len(results):
         raise ConfigError(f"{place}: results names a destination twice")
     if source in results or Destination("rabbitmq", f"/{source.name}") in results:
@@ -253,55 +258,24 @@ def _kind_hint(kind: str, key: str) -> str:
     return "" if kind in kinds else tables.nearest(kind, kinds)
 
 
-def _variants(
-    entry: Mapping[str, Any], version: str | None, place: str, where: str, origin: str
-) -> tuple[Variant, ...]:
-    written = entry.get("variants")
-    if (version is None) == (written is None):
-        said = "needs version or variants" if version is None else "has both version and variants; keep one"
-        raise ConfigError(f"{place}: {said}")
-    if version is not None:
-        return (Variant("stable", version, 1.0, 0, BUCKETS),)
-    if not isinstance(written, list) or not written or len(written) > MAX_VARIANTS:
-        raise ConfigError(f"{place}: variants must be a list of 1 to {MAX_VARIANTS} tables")
-    parsed = [_variant(each, place, where, origin) for each in written]
-    names = [each.name for each in parsed]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"{place}: two variants have the same name")
-    shares = bucket_counts([each.weight for each in parsed])
-    highs = list(accumulate(shares))
-    return tuple(
-        Variant(each.name, each.version, each.weight, high - share, high)
-        for each, share, high in zip(parsed, shares, highs, strict=True)
-    )
+def plain_route(route: Route) -> dict[str, Any]:
+    """Return a route in the words of the routes file, without what is default; :func:`route_of` reads it."""
+    plain: dict[str, Any] = {
+        "name": route.name,
+        "source": str(route.source),
+        "results": [str(each) for each in route.results],
+        "model": route.model,
+        "salt": route.salt,
+        **plain_variants(route.variants, route.shadows),
+    }
+    for field in msgspec.structs.fields(_RouteTable):
+        if field.name not in plain and field.name != "version":
+            value = getattr(route, field.name)
+            if value != field.default:
+                plain[field.name] = value
+    return plain
 
 
-def _variant(entry: Any, place: str, where: str, origin: str) -> _VariantTable:
-    if not isinstance(entry, Mapping):
-        raise ConfigError(f"{place}: a variant is a table {{ name, version, weight }}")
-    if entry.get("version") == "latest":
-        raise ConfigError(
-            f'{place}: version = "latest" would change without a trace; name the number, such as "1"'
-        )
-    leaves = {key: Leaf(value, origin) for key, value in entry.items()}
-    return tables.build(_VariantTable, leaves, f"{where} variant", origin=origin)
-
-
-def bucket_counts(weights: Sequence[float]) -> list[int]:
-    """Return how many of the buckets each weight gets: they sum to all, by largest remainder.
-
-    Every weight is positive and gets at least one bucket.
-    """
-    total = sum(weights)
-    exact = [weight * BUCKETS / total for weight in weights]
-    counts = [max(1, int(share)) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    missing = BUCKETS - sum(counts)
-    if missing >= 0:
-        for i in by_remainder[:missing]:
-            counts[i] += 1
-    else:
-        # Minimum shares went over: the largest give them back.
-        for _ in range(-missing):
-            counts[counts.index(max(counts))] -= 1
-    return counts
+def route_of(plain: Mapping[str, Any], fleet: str, origin: str) -> Route:
+    """Return the route that a table says; anything wrong raises ConfigError."""
+    return route_table({"route": [plain]}, fleet, origin).routes[0]

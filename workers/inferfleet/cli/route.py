@@ -70,7 +70,8 @@ def show(session: Session, name: str, as_toml: bool, as_json: bool) -> None:
             click.echo(f"{key:<8} {getattr(found, key)}")
     click.echo()
     rows = [
-        (each.name, each.version, percent(each), f"{each.low}-{each.high - 1}") for each in found.variants
+        (each.name, each.version, percent(each), " ".join(f"{low}-{high - 1}" for low, high in each.ranges))
+        for each in found.variants
     ]
     echo_table(("variant", "version", "share", "buckets"), rows)
 
@@ -155,7 +156,7 @@ def _tell(address: str, name: str, verb: str, reason: str = "") -> None:
 
 def percent(variant: Variant) -> str:
     """Return the variant's share of the buckets."""
-    return f"{(variant.high - variant.low) * 100 / BUCKETS:g}%"
+    return f"{variant.buckets * 100 / BUCKETS:g}%"
 
 
 def as_plain(found: Route) -> dict[str, object]:

@@ -110,7 +110,7 @@ def _perform(stage: Stage, processes: Processes, broker: Broker, redis_port: int
 
     # The workers start while the requests are prepared.
     route = load_routes(stage.folder / "routes.toml", FLEET).named("digits")
-    steering = Steering(route.salt, [variant.high for variant in route.variants])
+    steering = Steering.over(route.salt, [variant.ranges for variant in route.variants])
     loads: dict[str, Load] = {
         "digits": DigitsLoad("digits", data, digits.expected_probabilities(classifiers, data), steering),
         "files": FilesLoad("files", types, files.sample_files(types, FILES)),

@@ -121,7 +121,7 @@ class RoutePlan:
             config.limits.in_flight_rows,
             *[rows for rows in wishes if rows is not None],
         )
-        self._steering = Steering(route.salt, [variant.high for variant in route.variants])
+        self._steering = Steering.over(route.salt, [variant.ranges for variant in route.variants])
         self._split_by = route.split_by
         self.decoder = Decoder(
             route.model,

@@ -1,0 +1,212 @@
+"""What workers tell of a version's answers: windows of counts and sketches that can be added up.
+
+A window is one worker's view of one variant (or shadow) of a route, under one revision, for some seconds.
+Adding windows in any order and grouping gives the same sums, so the coordinator needs no metrics system.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from inferfleet.records import Array
+
+SCALE = 16
+"""Buckets for each doubling: bounds are 2^(i/16), 4.4 % apart (an exponential histogram of scale 4 in
+OpenTelemetry's and Prometheus' terms)."""
+
+
+class Histogram(msgspec.Struct):
+    """Counts of positive values in exponential buckets; ``zero`` counts those that are 0 or below.
+
+    Bucket ``i`` holds values above 2^((i-1)/16) up to 2^(i/16).
+    """
+
+    zero: int = 0
+    buckets: dict[int, int] = {}
+    total: float = 0.0
+
+    def __len__(self) -> int:
+        """Return how many values were added."""
+        return self.zero + sum(self.buckets.values())
+
+    def add(self, values: Array) -> None:
+        """Add finite values."""
+        values = np.asarray(values, dtype=np.float64).ravel()
+        positive = values[values > 0]
+        self.zero += len(values) - len(positive)
+        self.total += float(positive.sum())
+        if len(positive):
+            found, counts = np.unique(
+                np.ceil(np.log2(positive) * SCALE - 1e-9).astype(np.int64), return_counts=True
+            )
+            for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
+                self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+
+    def merge(self, other: Histogram) -> None:
+        """Add what another one holds."""
+        self.zero += other.zero
+        self.total += other.total
+        for bucket, count in other.buckets.items():
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+
+    def quantile(self, share: float) -> float:
+        """Return the upper bound of the bucket that holds the quantile; 0 where nothing was added."""
+        wanted = share * len(self)
+        seen = self.zero
+        if wanted <= seen:
+            return 0.0
+        for bucket in sorted(self.buckets):
+            seen += self.buckets[bucket]
+            if seen >= wanted - 1e-9:
+                return float(2.0 ** (bucket / SCALE))
+        return 0.0
+
+    def above(self, value: float) -> int:
+        """Return how many values lie in buckets that start at or above ``value``."""
+        if value <= 0:
+            return sum(self.buckets.values())
+        first = math.ceil(math.log2(value) * SCALE - 1e-9)
+        return sum(count for bucket, count in self.buckets.items() if bucket > first)
+
+
+class Clustered(msgspec.Struct):
+    """Events among trials that come in clusters (batches, keys), with what their true variance needs.
+
+    Members of a cluster share their fate, so a proportion's variance is that between clusters: the ratio
+    estimator's, from sums over clusters of trials, events, their squares and their products (Cochran,
+    Sampling Techniques, section 6.3 and 9A).
+    """
+
+    clusters: int = 0
+    trials: float = 0
+    events: float = 0
+    trials_2: float = 0
+    events_2: float = 0
+    product: float = 0
+
+    def add(self, trials: float, events: float) -> None:
+        """Add one cluster."""
+        self.clusters += 1
+        self.trials += trials
+        self.events += events
+        self.trials_2 += trials * trials
+        self.events_2 += events * events
+        self.product += trials * events
+
+    def merge(self, other: Clustered) -> None:
+        """Add what another one holds."""
+        self.clusters += other.clusters
+        self.trials += other.trials
+        self.events += other.events
+        self.trials_2 += other.trials_2
+        self.events_2 += other.events_2
+        self.product += other.product
+
+    @property
+    def share(self) -> float:
+        """Events for each trial; 0 without trials."""
+        return self.events / self.trials if self.trials else 0.0
+
+
+class Example(msgspec.Struct):
+    """One pair whose answers differ much: the request's id, how far apart, and both answers in short."""
+
+    id: str
+    distance: float
+    primary: str
+    shadow: str
+
+
+class Comparison(msgspec.Struct):
+    """How a shadow's answers compare with the answering version's, over pairs of one kind of output.
+
+    ``kind`` is ``labels``, ``probabilities``, ``embeddings``, ``regression`` or ``text``. ``identical``,
+    ``close`` and ``different`` sum to ``pairs``; ``nonfinite`` counts pairs in which just one is not
+    finite. ``flips`` counts changes from one label to another, written ``a>b``; ``hard_flips`` those with a
+    margin above 0.1.
+    ``signed`` is the sum of signed differences and ``signed_2`` of their squares. ``distances`` holds the
+    kind's own distance. With labels known, ``right_wrong`` and ``wrong_right`` count the discordant pairs of
+    McNemar's test; without, how often each disagrees with the other's repetition.
+    """
+
+    kind: str = ""
+    pairs: int = 0
+    identical: int = 0
+    close: int = 0
+    different: int = 0
+    nonfinite: int = 0
+    label_changes: int = 0
+    hard_flips: int = 0
+    right_wrong: int = 0
+    wrong_right: int = 0
+    signed: float = 0.0
+    signed_2: float = 0.0
+    reference: float = 0.0
+    reference_2: float = 0.0
+    flips: dict[str, int] = {}
+    distances: Histogram = msgspec.field(default_factory=Histogram)
+    examples: list[Example] = []
+
+
+class Window(msgspec.Struct, kw_only=True):
+    """One worker's counts for one variant or shadow of a route, from ``start_ms`` to ``end_ms`` (epoch ms).
+
+    ``role`` is ``primary`` or ``shadow``. ``first_seen`` counts keys that this worker met for the first time
+    since the revision's rollout began, for the sample-ratio check. ``failures`` are answers that are the
+    model's or our fault, by batch; ``codes`` counts every outcome. ``compute`` holds seconds of model time
+    for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
+    ``seen`` (pairs wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
+    ``secondary`` (the primary against its own repetition). ``crash`` says that the worker's last life ended
+    without being asked to; ``fallbacks`` counts records answered by the stable version because theirs
+    was gone. ``bad_ms`` is the time of the first and last failed outcome.
+    """
+
+    worker: str
+    route: str
+    model: str
+    version: str
+    variant: str
+    role: str = "primary"
+    revision: int = 0
+    start_ms: int = 0
+    end_ms: int = 0
+    requests: int = 0
+    codes: dict[str, int] = {}
+    dead_letters: int = 0
+    invalid: int = 0
+    fallbacks: int = 0
+    first_seen: int = 0
+    batches: int = 0
+    rows: int = 0
+    compute_s: float = 0.0
+    failures: Clustered = msgspec.field(default_factory=Clustered)
+    compute: Histogram = msgspec.field(default_factory=Histogram)
+    latency: Histogram = msgspec.field(default_factory=Histogram)
+    seen: int = 0
+    shed: int = 0
+    comparison: Comparison | None = None
+    secondary: Comparison | None = None
+    crash: bool = False
+    bad_ms: tuple[int, int] | None = None
+
+
+def encode_window(window: Window) -> bytes:
+    """Return a window as it is stored."""
+    return msgspec.msgpack.encode(window)
+
+
+def decode_window(body: bytes) -> Window:
+    """Return a stored window; raises msgspec.MsgspecError where it is none."""
+    return msgspec.msgpack.decode(body, type=Window)
+
+
+def merged(histograms: Iterable[Histogram]) -> Histogram:
+    """Return the sum of histograms."""
+    total = Histogram()
+    for each in histograms:
+        total.merge(each)
+    return total
