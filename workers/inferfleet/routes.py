@@ -105,7 +105,7 @@ class RouteTable(NamedTuple):
         raise ConfigError(f'no route is named "{name}"{hint}')
 
 
-class _RouteTable(msgspec.Struct):
+class _RouteTable(msgspec.Struct, kw_only=True):
     """The keys of one ``[[route]]``, as users write them."""
 
     name: Name
