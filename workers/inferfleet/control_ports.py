@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from inferfleet.feedback import Feedback
 from inferfleet.plane import AuditEntry, Change, Lease, Stored, WorkerReport
 from inferfleet.revisions import Head, Revision, RouteLog
 from inferfleet.summaries import Window
@@ -87,3 +88,20 @@ class ControlStore(Protocol):
 
     def close(self) -> None:
         """Let go of the connection."""
+
+
+class LabelFeed(Protocol):
+    """Where a rollout hears which variant answered a request, and how good that was."""
+
+    def poll(self, most: int = 20_000) -> Feedback:
+        """Return what has come since the last call, at most ``most`` messages; does not wait for more.
+
+        The first call of a new feed starts at the rollout's start.
+        """
+
+    @property
+    def stale(self) -> str:
+        """Why nothing can be read now; empty while it can."""
+
+    def close(self) -> None:
+        """Stop reading."""
