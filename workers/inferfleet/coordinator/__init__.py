@@ -1,0 +1,1 @@
+"""The coordinator: routes, rollouts, reports, the lease, the HTTP API and its dashboard."""

@@ -1,0 +1,83 @@
+"""How the API says no: a status, a code, one line without internal names, and whether asking again may help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from inferfleet.errors import (
+    ConfigError,
+    ConflictError,
+    ControlError,
+    FencedError,
+    InferfleetError,
+    LogLostError,
+    ModelRepositoryError,
+)
+
+
+class Refusal(InferfleetError):
+    """A request is refused; the text goes to the caller, who may be anybody."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        text: str,
+        *,
+        retryable: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.status, self.code, self.text, self.retryable = status, code, text, retryable
+        self.headers = dict(headers or {})
+
+
+CODES: dict[int, str] = {
+    400: "What was sent cannot be understood, or says what may not be.",
+    401: "No token, or one that is not known or has expired.",
+    403: "The token's role or routes do not allow it, or a web page of another origin asks.",
+    404: "There is no such thing.",
+    408: "The body did not come in time.",
+    409: "Somebody else changed the same thing; read again and decide anew.",
+    412: "If-Match names another revision than the last.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    421: "The Host header names somebody else.",
+    428: "If-Match is missing.",
+    429: "Too many requests.",
+    500: "A fault of the coordinator; its log says more.",
+    503: "The control plane's Redis does not answer, or too much is asked at once.",
+}
+"""Every status of a refusal that the API may answer, and what it means."""
+
+
+def not_found(what: str) -> Refusal:
+    """Return the refusal for something that does not exist."""
+    return Refusal(404, "E_NOT_FOUND", what)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return how an error of the services is told; what is not foreseen becomes a 500 that says nothing."""
+    match error:
+        case Refusal():
+            return error
+        case ConfigError():
+            return Refusal(400, "E_INVALID", _one_line(error))
+        case ConflictError():
+            return Refusal(409, "E_CONFLICT", _one_line(error), retryable=True)
+        case LogLostError():
+            return Refusal(409, "E_LOG_LOST", _one_line(error))
+        case ModelRepositoryError():
+            # Its text may name folders.
+            return Refusal(400, "E_MODEL_UNKNOWN", "the model version cannot be read; `model check` says why")
+        case ControlError():
+            text = "the control plane's Redis does not answer"
+            return Refusal(503, "E_CONTROL", text, retryable=True, headers={"retry-after": "2"})
+        case FencedError():
+            return Refusal(503, "E_CONTROL", "another coordinator leads now", retryable=True)
+        case _:
+            return Refusal(500, "E_INTERNAL", "see the coordinator's log", retryable=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
