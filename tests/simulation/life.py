@@ -12,6 +12,7 @@ import pytest
 from inferfleet.brokers.memory import MemoryBroker
 from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config, dead_letter_topic
+from inferfleet.control.filefeed import FileFeed
 from inferfleet.control.pauses import LocalPauses
 from inferfleet.errors import ModelLoadError
 from inferfleet.ports import BatchingWishes, Clock, LoadedModel, RefusalKind
@@ -144,7 +145,7 @@ class Life:
                 metrics=PrometheusMetrics(),
                 clock=self.clock,
                 news=news,
-                read_routes=lambda: self.routes,
+                feed=FileFeed(lambda: self.routes, self.clock),
                 pauses=LocalPauses(),
                 marks=self.marks,
                 brokers=frozenset({"kafka"}),

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from inferfleet import config as settings
+from inferfleet.control.filefeed import READ_EVERY_S
 from inferfleet.errors import BrokerError, ModelLoadError
 from inferfleet.ports import RefusalKind
 from inferfleet.routes import parse_routes
-from inferfleet.worker.lifecycle import ROUTES_EVERY_S, Worker
+from inferfleet.worker.lifecycle import Worker
 from tests.simulation.life import RESULTS, SOURCE, Life, table
 
 pytestmark = pytest.mark.usefixtures("silent_logs")
@@ -155,9 +156,9 @@ def test_routes_that_need_redis_are_refused_by_a_worker_that_has_none(life: Life
         if worker.loop.ledger.streams and life.sent == 0:
             life.routes = parse_routes(_REDIS_ONLY, "inferfleet", "routes.toml")
         waited = life.clock.monotonic() - began
-        if waited > 2 * ROUTES_EVERY_S and not life.sent:
+        if waited > 2 * READ_EVERY_S and not life.sent:
             life.produce(20)
-        if waited > 4 * ROUTES_EVERY_S:
+        if waited > 4 * READ_EVERY_S:
             worker.stop()
 
     began = life.clock.monotonic()

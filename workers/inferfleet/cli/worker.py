@@ -109,6 +109,7 @@ def _routes(config: Config) -> RouteTable:
 
 def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
     from inferfleet.cli.adapters import Joining
+    from inferfleet.control.filefeed import FileFeed
     from inferfleet.telemetry.admin import AdminServer
     from inferfleet.worker.clock import SystemClock
     from inferfleet.worker.engine import News
@@ -121,12 +122,6 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
     models = RepositoryModels(config)
     joining = Joining(config, table.of_pool(config.worker.pool), models, news, metrics, clock)
     joined = joining.join()
-
-    def read_routes() -> RouteTable:
-        found = _routes(config)
-        joining.follow(found.of_pool(config.worker.pool))
-        return found
-
     running = Worker(
         config,
         Adapters(
@@ -137,10 +132,11 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
             metrics=metrics,
             clock=clock,
             news=news,
-            read_routes=read_routes,
+            feed=FileFeed(lambda: _routes(config), clock),
             pauses=joined.pauses,
             marks=joined.marks,
             brokers=joined.brokers,
+            follow=joining.follow,
         ),
     )
     _on_signals(running, config.worker.drain_timeout_s)

@@ -17,6 +17,7 @@ import structlog
 
 from inferfleet.addresses import on_rabbitmq
 from inferfleet.config import Config
+from inferfleet.control_ports import Reporter, RouteFeed
 from inferfleet.core.retry import RetryPolicy
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError, ModelLoadError
 from inferfleet.ports import (
@@ -30,7 +31,7 @@ from inferfleet.ports import (
     ResultOutlet,
 )
 from inferfleet.records import Stream
-from inferfleet.routes import RouteTable
+from inferfleet.routes import Route, RouteTable
 from inferfleet.telemetry.admin import Health, WorkerStatus
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.worker.brakes import Brakes
@@ -42,7 +43,7 @@ from inferfleet.worker.plan import RoutePlan
 
 log = structlog.get_logger(__name__)
 
-ROUTES_EVERY_S = 5.0
+FEED_EVERY_S = 0.1
 REFUSED_AGAIN_S = 20.0
 """A refused revision is tried again after this long: what it names may have been copied since."""
 GAUGES_EVERY_S = 1.0
@@ -64,6 +65,11 @@ class Models(Protocol):
         """Return what the version's ``[batching]`` asks for."""
 
 
+def _nobody_follows(routes: tuple[Route, ...]) -> None:
+    """Take no notice of the routes."""
+    del routes
+
+
 @dataclass(frozen=True)
 class Adapters:
     """Everything a worker is joined to; chosen by the command line."""
@@ -75,11 +81,17 @@ class Adapters:
     metrics: PrometheusMetrics
     clock: Clock
     news: SimpleQueue[News]
-    read_routes: Callable[[], RouteTable]
+    feed: RouteFeed
     pauses: PauseBoard
     marks: CrashMarks
     brokers: frozenset[str]
     """Which brokers there are adapters for: ``kafka``, ``rabbitmq``."""
+    reporter: Reporter | None = None
+    """Whom the worker tells how it is; ``None`` where its routes come from a file."""
+    follow: Callable[[tuple[Route, ...]], None] = _nobody_follows
+    """Told of the pool's routes before they are taken from: how much to prefetch, where retries wait."""
+    strict: bool = True
+    """Whether the start fails where a version does not load; else its route waits, and the others serve."""
 
 
 class Worker:
@@ -146,7 +158,7 @@ class Worker:
     # Start
 
     def _start(self) -> None:
-        table = self._to.read_routes()
+        table = self._to.feed.log().table()
         # So that what is paused is known when the first record could be taken.
         self._brakes.routes([route.name for route in table.of_pool(self._config.worker.pool)])
         self._want(table)
@@ -207,6 +219,7 @@ class Worker:
             )
         for plan in plans:
             self._check_brokers(plan)
+        self._to.follow(table.of_pool(self._config.worker.pool))
         self.loop.use(plans)
         self._table = table
         self._to.metrics.route_revision(table.revision)
@@ -240,7 +253,7 @@ class Worker:
                 self._oldest_ms = self.loop.ledger.oldest_timestamp_ms()
                 self._retire()
                 self._greet()
-            if now - routes_at >= ROUTES_EVERY_S:
+            if now - routes_at >= FEED_EVERY_S:
                 routes_at = now
                 self._follow_routes()
             if until_idle_s is not None:
@@ -267,7 +280,7 @@ class Worker:
     def _follow_routes(self) -> None:
         """Re-read the routes; load what is new before anything changes, keep the old if anything is wrong."""
         try:
-            table = self._to.read_routes()
+            table = self._to.feed.log().table()
             if table.revision == self._table.revision:
                 self._refused_revision = ""
                 self._next_table = None  # taken back while its versions were loading
@@ -339,6 +352,9 @@ class Worker:
             engine.close()
         for engine in engines:
             engine.join(self._left_s(until) if engine.signature is not None else 0.0)
+        if self._to.reporter is not None:
+            self._to.reporter.close()
+        self._to.feed.close()
         self._to.pauses.close()
         self._careful.close(clean=clean)
         log.info("stopped", given_back=unfinished, unconfirmed=unconfirmed)
