@@ -46,6 +46,15 @@ class Histogram(msgspec.Struct):
             for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
                 self.buckets[bucket] = self.buckets.get(bucket, 0) + count
 
+    def add_same(self, value: float, count: int) -> None:
+        """Add one finite value ``count`` times."""
+        if value <= 0:
+            self.zero += count
+            return
+        bucket = math.ceil(math.log2(value) * SCALE - 1e-9)
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+        self.total += value * count
+
     def merge(self, other: Histogram) -> None:
         """Add what another one holds."""
         self.zero += other.zero
@@ -156,7 +165,8 @@ class Window(msgspec.Struct, kw_only=True):
     """One worker's counts for one variant or shadow of a route, from ``start_ms`` to ``end_ms`` (epoch ms).
 
     ``role`` is ``primary`` or ``shadow``. ``first_seen`` counts keys that this worker met for the first time
-    since the revision's rollout began, for the sample-ratio check. ``failures`` are answers that are the
+    under the revision, for the sample-ratio check; ``first_seen_full`` says that it has met more keys than it
+    can tell apart, and counts no more of them in any arm. ``failures`` are answers that are the
     model's or our fault, by batch; ``codes`` counts every outcome. ``compute`` holds seconds of model time
     for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
     ``seen`` (pairs wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
@@ -180,6 +190,7 @@ class Window(msgspec.Struct, kw_only=True):
     invalid: int = 0
     fallbacks: int = 0
     first_seen: int = 0
+    first_seen_full: bool = False
     batches: int = 0
     rows: int = 0
     compute_s: float = 0.0

@@ -118,7 +118,7 @@ class Failing:
             carried(chunk, [row]),
             [again.delay_ms],
         )
-        settling = Settling(self._listener, plan, chunk, [row], {}, [request_id])
+        settling = Settling(self._listener, plan, chunk, [row], {}, [request_id], failures.served)
         settling.instead = _picked(failures, [index])
         self._to.publish(settling, envelopes, [row])
         self._metrics.retries(plan.name, 1)
@@ -133,7 +133,9 @@ class Failing:
 
     def _end(self, plan: RoutePlan, failures: Failures) -> None:
         outcomes = _counted(plan, failures)
-        settling = Settling(self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids)
+        settling = Settling(
+            self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, failures.served
+        )
         self.publish(settling, failures, plan.destinations, store=plan.redis)
         settling.close()
 

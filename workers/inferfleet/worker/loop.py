@@ -28,6 +28,7 @@ from inferfleet.worker.delivery import Delivery, Settling
 from inferfleet.worker.dispatching import Dispatching
 from inferfleet.worker.engine import Finished, Loaded, News
 from inferfleet.worker.failing import failures_of
+from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan, VariantPlan
 from inferfleet.worker.reading import Reading
 
@@ -36,6 +37,8 @@ log = structlog.get_logger(__name__)
 CHUNK_RECORDS = 500
 COMMIT_EVERY_S = 0.5
 BUSY_WAIT_S = 0.001
+FULL_WAIT_S = 0.01
+"""How long to wait while every engine has all that it takes: only its end, which wakes the loop, brings work."""
 IDLE_WAIT_S = 0.05
 PAUSE_AFTER_S = 0.1
 """A bound that is held for less is met by not taking: pausing throws the client's prefetch away."""
@@ -81,6 +84,7 @@ class WorkerLoop:
         self.admission = Admission((), options.max_rows, options.max_bytes)
         self._reading = Reading(self.ledger, self.batcher, self.admission, delivery, metrics, clock)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
+        self.observing: Observing | None = None
         self.loaded: list[Loaded] = []
         self.held: dict[str, str] = {}
         self._plans: dict[str, RoutePlan] = {}
@@ -106,6 +110,8 @@ class WorkerLoop:
         names = [plan.name for plan in plans]
         self.admission.routes(names)
         self._brakes.routes(names)
+        if self.observing is not None:
+            self.observing.serve(plans)
         self._intake.subscribe(sorted(self._plans), self)
 
     def _follow_sources(self, sources: set[str]) -> None:
@@ -135,6 +141,8 @@ class WorkerLoop:
         now = self._clock.monotonic()
         self._commit(now)
         self._hold(now)
+        if self.observing is not None:
+            self.observing.tick(now)
         wait_s = self._wait_s(now, max_wait_s)
         may_take = self._may_take(now)
         engines_run = self.engines.running
@@ -187,6 +195,8 @@ class WorkerLoop:
             failures += failed
             if answer.part.chunk.origins is None:
                 answered[plan.name] = answered.get(plan.name, 0) + len(answer.part) - len(failed)
+        if self.observing is not None:
+            self.observing.batch(result, failures, self._served)
         if failures:
             self._failed(failures, answered)
         for name, count in answered.items():
@@ -282,6 +292,8 @@ class WorkerLoop:
 
     def _wait_s(self, now: float, max_wait_s: float) -> float:
         """Return how long nothing can be missed: short while something is under way elsewhere."""
+        if self.engines.full:
+            return min(max_wait_s, FULL_WAIT_S)
         if self.engines.running or self._outlet.pending():
             return min(max_wait_s, BUSY_WAIT_S)
         wait_s = max_wait_s
@@ -308,7 +320,10 @@ class WorkerLoop:
         timestamps = chunk.timestamps_ms
         if len(settling.rows) < len(timestamps):
             timestamps = [timestamps[row] for row in settling.rows]
-        self._metrics.request_seconds(name, (now_ms - np.array(timestamps)) / 1000)
+        seconds = (now_ms - np.array(timestamps)) / 1000
+        self._metrics.request_seconds(name, seconds)
+        if self.observing is not None:
+            self.observing.settled(settling, now_ms, seconds)
 
     def _commit(self, now: float) -> None:
         if now - self._committed_at < COMMIT_EVERY_S:
@@ -375,6 +390,8 @@ class WorkerLoop:
         self._delivery.retry_parked(self._clock.monotonic(), force=True)
         while self.open > self._brakes.withheld() and (left := until - self._clock.monotonic()) > 0:
             self.turn(min(left, BUSY_WAIT_S))
+        if self.observing is not None:
+            self.observing.close()
         return self.open
 
     def gauges(self) -> None:

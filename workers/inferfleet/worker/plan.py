@@ -158,14 +158,14 @@ class RoutePlan:
             part.served = plan.served
             return [(plan, part)]
         steered: list[tuple[VariantPlan, Requests]] = []
-        for plan, indices in zip(self.variants, self._steering.split(self._keys(part)), strict=True):
+        for plan, indices in zip(self.variants, self._steering.split(self.keys(part)), strict=True):
             if indices:
                 piece = part.pick(indices)
                 piece.served = plan.served
                 steered.append((plan, piece))
         return steered
 
-    def _keys(self, part: Requests) -> Sequence[bytes]:
+    def keys(self, part: Requests) -> Sequence[bytes]:
         """Return what decides each request's variant: its key, else its id."""
         if self._split_by == "id":
             return [request_id.encode() for request_id in part.ids]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from inferfleet.errors import Code
 from inferfleet.ports import Refusal
-from inferfleet.records import Chunk, Envelopes, Failures, Results
+from inferfleet.records import Chunk, Envelopes, Failures, Results, Served
 from inferfleet.worker.plan import RoutePlan
 
 Outcome = tuple[str, str, str]
@@ -32,9 +32,21 @@ class Settling:
 
     ``ids`` are the requests' own (``None`` where one could not be read); without ``outcomes`` the records go
     on to another attempt, which is no outcome yet. ``instead`` is how they end if that cannot be published.
+    ``served`` is the version that answered or failed them, where one did.
     """
 
-    __slots__ = ("chunk", "delivery", "ids", "instead", "open", "outcomes", "plan", "replaced", "rows")
+    __slots__ = (
+        "chunk",
+        "delivery",
+        "ids",
+        "instead",
+        "open",
+        "outcomes",
+        "plan",
+        "replaced",
+        "rows",
+        "served",
+    )
 
     def __init__(
         self,
@@ -44,6 +56,7 @@ class Settling:
         rows: list[int],
         outcomes: dict[Outcome, int],
         ids: Sequence[str | None],
+        served: Served | None = None,
     ) -> None:
         self.delivery = delivery
         self.plan = plan
@@ -51,6 +64,7 @@ class Settling:
         self.rows = rows
         self.outcomes = outcomes
         self.ids = ids
+        self.served = served
         self.instead: Failures | None = None
         self.replaced: set[int] = set()
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share

@@ -1,0 +1,211 @@
+"""What a worker tells of its versions' answers: windows, filled per batch and settled part, then handed on.
+
+Nothing here is kept for a single record: a batch adds a handful of sums, a settled part adds an array.
+Without somebody to tell there is no :class:`Observing`, and nothing is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
+import xxhash
+
+from inferfleet.control_ports import Reporter
+from inferfleet.errors import RULES, Code
+from inferfleet.ports import Clock
+from inferfleet.records import Array, BatchResult, Requests, RowFailure, Served
+from inferfleet.summaries import Window
+from inferfleet.worker.plan import RoutePlan, VariantPlan
+from inferfleet.worker.settling import Settling
+
+MAX_KEYS = 131_072
+"""Keys that are told apart for each revision of a route, over all its arms: about 12 MB."""
+KEPT_REVISIONS = 3
+FOLD_AT = 16_384
+"""Spans that wait to be sorted into a histogram; together they cost less than one part at a time."""
+
+_OURS = frozenset(code.value for code, rule in RULES.items() if rule.brake)
+_LETTERED = frozenset(code.value for code, rule in RULES.items() if rule.dead_letter)
+_WHO = Callable[[Requests], tuple[RoutePlan, VariantPlan]]
+
+
+class FirstSeen:
+    """Which keys a worker has met under one revision of a route, for each of its arms; bounded.
+
+    When the bound is reached all arms stop counting at once: one that went on would look too large.
+    """
+
+    def __init__(self, bound: int = MAX_KEYS) -> None:
+        self._bound = bound
+        self._held = 0
+        self._seen: dict[Served, set[int]] = {}
+        self.full = False
+
+    def met(self, served: Served, keys: Iterable[bytes]) -> int:
+        """Return how many of ``keys`` come to this arm for the first time."""
+        if self.full:
+            return 0
+        seen = self._seen.setdefault(served, set())
+        before = len(seen)
+        seen.update(map(xxhash.xxh3_64_intdigest, keys))
+        new = len(seen) - before
+        self._held += new
+        if self._held >= self._bound:
+            self.full = True
+            self._seen.clear()
+        return new
+
+
+class Observing:
+    """Fills windows and hands them to a reporter every ``every_s``; owned by the worker loop's thread.
+
+    ``crashed`` says that this worker's last life ended without being asked to: its first windows say so, and
+    they are handed on as soon as it serves. ``letters`` are codes that get a dead letter beside the usual.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        reporter: Reporter,
+        clock: Clock,
+        every_s: float,
+        *,
+        crashed: bool = False,
+        letters: Collection[str] = (),
+    ) -> None:
+        self._worker = worker
+        self._reporter = reporter
+        self._clock = clock
+        self._every_s = every_s
+        self._crashed = crashed
+        self._letters = _LETTERED | frozenset(letters)
+        self._windows: dict[tuple[Served, str], Window] = {}
+        self._spans: dict[tuple[Served, str], list[Array]] = {}
+        self._waiting = 0
+        self._first_seen: dict[tuple[str, str], FirstSeen] = {}
+        self._closed_at = clock.monotonic()
+        self._since_ms = clock.utc_ms()
+
+    def serve(self, plans: Collection[RoutePlan]) -> None:
+        """Hear what is served now; after a crash, say at once which versions may have had a part in it."""
+        if not self._crashed:
+            return
+        self._crashed = False
+        for plan in plans:
+            for variant in plan.variants:
+                self.window(variant.served).crash = True
+        self.close()
+
+    def window(self, served: Served, role: str = "primary") -> Window:
+        """Return the open window of a version."""
+        key = (served, role)
+        found = self._windows.get(key)
+        if found is None:
+            found = self._windows[key] = Window(
+                worker=self._worker,
+                route=served.route,
+                model=served.model,
+                version=served.version,
+                variant=served.variant,
+                role=role,
+                revision=revision_number(served.revision),
+                start_ms=self._since_ms,
+            )
+        return found
+
+    def batch(self, result: BatchResult, failures: Sequence[RowFailure], whose: _WHO) -> None:
+        """A batch has ended; ``failures`` are its requests that failed, unfit answers included."""
+        parts = result.batch.parts
+        counts: dict[Served, tuple[int, int]] = {}
+        for part in parts:
+            if part.served is None:
+                continue
+            requests, rows = counts.get(part.served, (0, 0))
+            counts[part.served] = (requests + len(part), rows + part.total_rows)
+            plan = whose(part)[0]
+            if len(plan.variants) > 1:
+                self._meet(plan, part, part.served)
+        bad: dict[Served | None, int] = {}
+        for failure in failures:
+            if RULES[failure.code].brake:
+                bad[failure.part.served] = bad.get(failure.part.served, 0) + 1
+        total = sum([requests for requests, _ in counts.values()])
+        for served, (requests, rows) in counts.items():
+            fill_batch(self.window(served), requests, rows, bad.get(served, 0), result.seconds / total)
+
+    def _meet(self, plan: RoutePlan, part: Requests, served: Served) -> None:
+        key = (served.route, served.revision)
+        seen = self._first_seen.get(key)
+        if seen is None:
+            mine = [each for each in self._first_seen if each[0] == served.route]
+            for old in mine[: max(0, len(mine) - KEPT_REVISIONS + 1)]:
+                del self._first_seen[old]
+            seen = self._first_seen[key] = FirstSeen()
+        window = self.window(served)
+        if not seen.full:
+            window.first_seen += seen.met(served, plan.keys(part))
+        window.first_seen_full = seen.full
+
+    def settled(self, settling: Settling, now_ms: int, seconds: Array) -> None:
+        """Records have their confirmed outcome, ``seconds`` after their timestamps."""
+        plan = settling.plan
+        served = settling.served
+        if served is None:
+            served = Served(plan.name, plan.route.model, "", "", plan.revision)
+        key = (served, "primary")
+        window = self.window(served)
+        for (_, _, outcome), count in settling.outcomes.items():
+            if not count:
+                continue
+            window.requests += count
+            window.codes[outcome] = window.codes.get(outcome, 0) + count
+            if outcome in self._letters:
+                window.dead_letters += count
+            if outcome == Code.MODEL_OUTPUT:
+                window.invalid += count
+            if outcome in _OURS:
+                first, _ = window.bad_ms or (now_ms, now_ms)
+                window.bad_ms = (first, now_ms)
+        self._spans.setdefault(key, []).append(seconds)
+        self._waiting += len(seconds)
+        if self._waiting >= FOLD_AT:
+            self._fold()
+
+    def _fold(self) -> None:
+        for key, spans in self._spans.items():
+            self.window(*key).latency.add(np.concatenate(spans))
+        self._spans.clear()
+        self._waiting = 0
+
+    def tick(self, now: float) -> None:
+        """Close the windows when their time has come."""
+        if now - self._closed_at >= self._every_s:
+            self._closed_at = now
+            self.close()
+
+    def close(self) -> None:
+        """Hand on what was counted since the last time."""
+        self._fold()
+        now_ms = self._clock.utc_ms()
+        windows = list(self._windows.values())
+        for window in windows:
+            window.end_ms = now_ms
+        self._windows = {}
+        self._since_ms = now_ms
+        if windows:
+            self._reporter.append(windows)
+
+
+def fill_batch(window: Window, requests: int, rows: int, bad: int, each_s: float) -> None:
+    """Count a batch, or a version's share of it: ``each_s`` is its model time for each request."""
+    window.batches += 1
+    window.rows += rows
+    window.compute_s += each_s * requests
+    window.compute.add_same(each_s, requests)
+    window.failures.add(requests, bad)
+
+
+def revision_number(revision: str) -> int:
+    """Return the number of a revision; 0 for the hash of a routes file."""
+    return int(revision) if revision.isdecimal() and len(revision) < 12 else 0
