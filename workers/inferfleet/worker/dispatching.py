@@ -61,6 +61,11 @@ class Dispatching:
         """Whether any engine has a batch."""
         return any(engine.in_flight for engine in self._engines)
 
+    @property
+    def full(self) -> bool:
+        """Whether no engine takes another batch before one has ended."""
+        return bool(self._engines) and not any(engine.free for engine in self._engines)
+
     def run(self, *, flush: bool = False) -> None:
         """Answer what has expired, and give every free engine its most urgent due batch."""
         if self._alone or self._suspect is not None:
