@@ -38,7 +38,7 @@ CHUNK_RECORDS = 500
 COMMIT_EVERY_S = 0.5
 BUSY_WAIT_S = 0.001
 FULL_WAIT_S = 0.01
-"""How long to wait while every engine has all that it takes: only its end, which wakes the loop, brings work."""
+"""How long to wait while every engine has all that it takes: the end of one of them wakes the loop."""
 IDLE_WAIT_S = 0.05
 PAUSE_AFTER_S = 0.1
 """A bound that is held for less is met by not taking: pausing throws the client's prefetch away."""
