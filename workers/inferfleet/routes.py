@@ -46,6 +46,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     The ranges of the variants do not overlap and cover all buckets; the first variant is the stable one.
     ``shadow_of`` names the route whose source this one sees without answering anybody (a detached shadow).
+    ``warm`` are further versions that workers keep loaded, so that going back to them takes no time.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     variants: tuple[Variant, ...]
     shadows: tuple[Shadow, ...] = ()
     shadow_of: str | None = None
+    warm: tuple[str, ...] = ()
     pool: str = "default"
     split_by: str = "key"
     salt: str
@@ -77,8 +79,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def versions(self) -> frozenset[str]:
-        """The versions of ``model`` that it runs, shadows included."""
-        return frozenset([each.version for each in self.variants] + [each.version for each in self.shadows])
+        """The versions of ``model`` that have to be loaded: what it runs, shadows, and ``warm`` ones."""
+        run = [each.version for each in self.variants] + [each.version for each in self.shadows]
+        return frozenset([*run, *self.warm])
 
     def shadow_salt(self, shadow: Shadow) -> str:
         """The salt of a shadow's sampling, so that it does not line up with the variants."""
@@ -114,6 +117,7 @@ class _RouteTable(msgspec.Struct, kw_only=True):
     model: Name
     version: VersionNumber | None = None
     shadow_of: Name | None = None
+    warm: Annotated[tuple[VersionNumber, ...], Meta(max_length=16)] = ()
     pool: Name = "default"
     split_by: Annotated[
         str,

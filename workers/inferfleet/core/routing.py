@@ -63,6 +63,18 @@ class Steering:
         return parts
 
 
+KEY_GROUPS = 128
+
+
+def key_group(key: bytes) -> int:
+    """Return which of the groups of keys a key belongs to: the low 7 bits of its unsalted xxh3.
+
+    A key's requests share its fate, so what differs between groups is what a sum over keys truly varies by.
+    """
+    digest: int = xxhash.xxh3_64_intdigest(key)
+    return digest % KEY_GROUPS
+
+
 def sampled(salt: str, share: float, keys: Sequence[bytes]) -> list[int]:
     """Return the ascending indices of the keys whose bucket under ``salt`` is below ``share`` of all."""
     bound = round(share * BUCKETS)
