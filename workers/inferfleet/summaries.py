@@ -133,13 +133,17 @@ class Example(msgspec.Struct):
 class Comparison(msgspec.Struct):
     """How a shadow's answers compare with the answering version's, over pairs of one kind of output.
 
-    ``kind`` is ``labels``, ``probabilities``, ``embeddings``, ``regression`` or ``text``. ``identical``,
-    ``close`` and ``different`` sum to ``pairs``; ``nonfinite`` counts pairs in which just one is not
-    finite. ``flips`` counts changes from one label to another, written ``a>b``; ``hard_flips`` those with a
-    margin above 0.1.
-    ``signed`` is the sum of signed differences and ``signed_2`` of their squares. ``distances`` holds the
-    kind's own distance. With labels known, ``right_wrong`` and ``wrong_right`` count the discordant pairs of
-    McNemar's test; without, how often each disagrees with the other's repetition.
+    A pair is one row of a request that both have answered. ``kind`` is ``labels``, ``probabilities``,
+    ``embeddings``, ``regression`` or ``text``. ``identical``, ``close`` and ``different`` sum to ``pairs``;
+    ``nonfinite`` counts pairs in which just one is not finite. ``flips`` counts changes from one label to
+    another, written ``a>b``, ``agreed`` the labels that both gave; ``hard_flips`` are changes with a margin
+    above 0.1. ``signed`` is the sum of signed differences and ``signed_2`` of their squares; ``reference`` and
+    ``reference_2`` are the same of the primary's values, ``above`` and ``below`` hold the sizes of those that
+    are positive (or 0) and negative. ``distances`` holds the kind's own distance: 0 or 1, total variation,
+    1 - cosine, absolute difference, 1 - token F1. ``ratios`` holds the shadow's norm or length over the
+    primary's. ``spoiled`` counts texts that were not empty (or were JSON) and are not so from the shadow,
+    ``mended`` the reverse. With labels known, ``right_wrong`` and ``wrong_right`` count the discordant pairs of
+    McNemar's test; without, the answering version's repetition stands for the label.
     """
 
     kind: str = ""
@@ -152,12 +156,18 @@ class Comparison(msgspec.Struct):
     hard_flips: int = 0
     right_wrong: int = 0
     wrong_right: int = 0
+    spoiled: int = 0
+    mended: int = 0
     signed: float = 0.0
     signed_2: float = 0.0
     reference: float = 0.0
     reference_2: float = 0.0
     flips: dict[str, int] = {}
+    agreed: dict[str, int] = {}
     distances: Histogram = msgspec.field(default_factory=Histogram)
+    ratios: Histogram = msgspec.field(default_factory=Histogram)
+    above: Histogram = msgspec.field(default_factory=Histogram)
+    below: Histogram = msgspec.field(default_factory=Histogram)
     examples: list[Example] = []
 
 
@@ -169,10 +179,12 @@ class Window(msgspec.Struct, kw_only=True):
     can tell apart, and counts no more of them in any arm. ``failures`` are answers that are the
     model's or our fault, by batch; ``codes`` counts every outcome. ``compute`` holds seconds of model time
     for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
-    ``seen`` (pairs wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
-    ``secondary`` (the primary against its own repetition). ``crash`` says that the worker's last life ended
+    ``seen`` (requests wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
+    ``secondary`` (the primary against its own repetition); detached ones ``unmatched`` (no outcome of the
+    primary was found in time) and ``primary_errors`` (it was an error). ``crash`` says that the worker's last life ended
     without being asked to; ``fallbacks`` counts records answered by the stable version because theirs
-    was gone. ``bad_ms`` is the time of the first and last failed outcome.
+    was gone. ``bad_ms`` is the time of the first and last failed outcome. ``key_groups`` holds, for each group of
+    keys (:func:`inferfleet.core.routing.key_group`), requests and those of ``failures`` among them.
     """
 
     worker: str
@@ -195,10 +207,13 @@ class Window(msgspec.Struct, kw_only=True):
     rows: int = 0
     compute_s: float = 0.0
     failures: Clustered = msgspec.field(default_factory=Clustered)
+    key_groups: dict[int, tuple[int, int]] = {}
     compute: Histogram = msgspec.field(default_factory=Histogram)
     latency: Histogram = msgspec.field(default_factory=Histogram)
     seen: int = 0
     shed: int = 0
+    unmatched: int = 0
+    primary_errors: int = 0
     comparison: Comparison | None = None
     secondary: Comparison | None = None
     crash: bool = False
