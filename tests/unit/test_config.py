@@ -238,7 +238,7 @@ def test_what_does_not_exist_yet_is_refused_at_start(text: str, said: str) -> No
 def test_secrets_never_show() -> None:
     """repr masks them wherever they stand, and lists them for the log's mask."""
     config = parse(
-        "[redis]\nurl = 'redis://u:canary1@h/0'\npassword = 'canary2'\n[coordinator]\ntoken = 'canary3'\n"
+        "[redis]\nurl = 'redis://u:canary1@h/0'\npassword = 'canary2'\n[rabbitmq]\npassword = 'canary3'\n"
         "[kafka.client]\n'sasl.password' = 'canary4'\n'ssl.key.pem' = 'canary5'\n'sasl.username' = 'visible'"
     )
 

@@ -176,14 +176,15 @@ class Worker(Section, frozen=True):
 
 
 class Coordinator(Section, frozen=True):
-    """One coordinator replica."""
+    """One coordinator replica; ``hosts`` are the names under which it is reached besides its address."""
 
     address: Address = "127.0.0.1:8470"
     admin_address: Address = "127.0.0.1:8472"
     tls: Literal["", "terminated-upstream"] = ""
     tls_cert: str = ""
     tls_key: str = ""
-    token: str = ""
+    token_file: str = ""
+    hosts: tuple[str, ...] = ()
 
 
 class Batching(Section, frozen=True):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from inferfleet.config import Name
 from inferfleet.plane import AuditEntry, WorkerReport
+from inferfleet.policies import Kind
 from inferfleet.revisions import Head, Revision
+from inferfleet.rollouts import Approval, Decision, Phase, Rollout
 from inferfleet.routes import plain_route
 
 MAX_PAGE = 500
 MAX_REASON = 500
+MAX_DECISIONS = 50
 
 Reason = Annotated[str, Meta(max_length=MAX_REASON)]
 Number = Annotated[int, Meta(ge=0, le=2**53 - 1)]
@@ -148,7 +152,7 @@ class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     route: Name
     version: Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,17}$")]
-    kind: Literal["canary", "blue-green", "ab", "shadow"] = "canary"
+    kind: Kind = "canary"
     policy: Annotated[dict[str, Any], Meta(description="The keys of a policy file.")] = {}
     reason: Reason = ""
 
@@ -156,28 +160,51 @@ class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout as it is. ``evidence`` holds what the last decision was made on, in the policy's own words.
 
-    ``share`` is the new version's share of the keys, 0 to 1. ``waits_for`` says what must happen before it
-    goes on, and is empty where only time must pass.
+    ``percent`` is the new version's share of the keys in force. ``waits_for`` says what must happen before
+    it goes on, one line each, and is empty where only time and evidence do. ``version`` rises with every
+    change of the rollout. ``history`` holds its last decisions, oldest first.
     """
 
     id: str
     version: int
     route: str
-    kind: str
+    kind: Kind
+    model: str
     from_version: str
     to_version: str
-    phase: str
+    phase: Phase
     step: int
-    steps: int
-    share: float
-    started_ms: int
+    percent: float
+    next_percent: float
+    begun_ms: int
     since_ms: int
-    author: str
-    reasons: list[str]
-    waits_for: str
-    approvals: list[str]
-    evidence: dict[str, Any]
+    actor: str
+    reason: str
+    ended: bool
+    waits_for: list[str]
+    outcome: str
+    approvals: list[Approval]
+    history: list[Decision]
     policy: dict[str, Any]
+    evidence: dict[str, Any]
+
+    @classmethod
+    def of(cls, rollout: Rollout, version: int, evidence: Mapping[str, Any] | None = None) -> RolloutView:
+        """Return the view of a stored rollout."""
+        waits = [f"{each.kind}: {each.reason}" for each in rollout.holds]
+        if rollout.paused is not None:
+            waits.append(f"paused by {rollout.paused.actor or 'the coordinator'}: {rollout.paused.reason}")
+        copied = ("id", "route", "kind", "model", "from_version", "to_version", "phase", "step", "percent")
+        copied += ("next_percent", "begun_ms", "since_ms", "actor", "reason", "ended", "outcome")
+        return cls(
+            version=version,
+            waits_for=waits,
+            approvals=list(rollout.approvals),
+            history=list(rollout.history[-MAX_DECISIONS:]),
+            policy=msgspec.to_builtins(rollout.policy),
+            evidence=dict(evidence or {}),
+            **{key: getattr(rollout, key) for key in copied},
+        )
 
 
 class RolloutsPage(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""How the API says no: a status, a code, one line without internal names, and whether asking again may help."""
+"""How the API says no: a status, a code, one line without internal names, and whether to ask again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inferfleet.errors import (
 )
 
 
-class Refusal(InferfleetError):
+class RefusedError(InferfleetError):
     """A request is refused; the text goes to the caller, who may be anybody."""
 
     def __init__(
@@ -51,32 +51,34 @@ CODES: dict[int, str] = {
 """Every status of a refusal that the API may answer, and what it means."""
 
 
-def not_found(what: str) -> Refusal:
+def not_found(what: str) -> RefusedError:
     """Return the refusal for something that does not exist."""
-    return Refusal(404, "E_NOT_FOUND", what)
+    return RefusedError(404, "E_NOT_FOUND", what)
 
 
-def refusal_of(error: Exception) -> Refusal:
+def refusal_of(error: Exception) -> RefusedError:
     """Return how an error of the services is told; what is not foreseen becomes a 500 that says nothing."""
     match error:
-        case Refusal():
+        case RefusedError():
             return error
         case ConfigError():
-            return Refusal(400, "E_INVALID", _one_line(error))
+            return RefusedError(400, "E_INVALID", _one_line(error))
         case ConflictError():
-            return Refusal(409, "E_CONFLICT", _one_line(error), retryable=True)
+            return RefusedError(409, "E_CONFLICT", _one_line(error), retryable=True)
         case LogLostError():
-            return Refusal(409, "E_LOG_LOST", _one_line(error))
+            return RefusedError(409, "E_LOG_LOST", _one_line(error))
         case ModelRepositoryError():
             # Its text may name folders.
-            return Refusal(400, "E_MODEL_UNKNOWN", "the model version cannot be read; `model check` says why")
+            return RefusedError(
+                400, "E_MODEL_UNKNOWN", "the model version cannot be read; `model check` says why"
+            )
         case ControlError():
             text = "the control plane's Redis does not answer"
-            return Refusal(503, "E_CONTROL", text, retryable=True, headers={"retry-after": "2"})
+            return RefusedError(503, "E_CONTROL", text, retryable=True, headers={"retry-after": "2"})
         case FencedError():
-            return Refusal(503, "E_CONTROL", "another coordinator leads now", retryable=True)
+            return RefusedError(503, "E_CONTROL", "another coordinator leads now", retryable=True)
         case _:
-            return Refusal(500, "E_INTERNAL", "see the coordinator's log", retryable=True)
+            return RefusedError(500, "E_INTERNAL", "see the coordinator's log", retryable=True)
 
 
 def _one_line(error: Exception) -> str:

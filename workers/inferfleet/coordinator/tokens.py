@@ -149,7 +149,7 @@ class TokenBook:
                     self._tokens = _read(self._path, strict=False)
                 except ConfigError as error:
                     self._tokens = []
-                    log.error("token_file_unreadable", error=str(error))  # noqa: TRY400
+                    log.error("token_file_unreadable", error=str(error))
                 else:
                     log.info("token_file_read_again", tokens=len(self._tokens))
             return self._tokens
@@ -187,7 +187,7 @@ def _parsed(lines: Iterable[str], origin: str, strict: bool) -> Iterable[Token]:
         except ConfigError as error:
             if strict:
                 raise
-            log.error("token_line_grants_nothing", error=str(error))  # noqa: TRY400
+            log.error("token_line_grants_nothing", error=str(error))
 
 
 def new_token() -> str:
