@@ -1,0 +1,434 @@
+"""Changes of the routes over a store in memory: the diff, the barrier, withdrawals, reverts, resets."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from inferfleet.control.memory import MemoryControlStore
+from inferfleet.coordinator.routes import RouteControl
+from inferfleet.core.revisions import in_force
+from inferfleet.errors import ConfigError, ConflictError, LogLostError, ModelRepositoryError
+from inferfleet.plane import seal
+from tests.support.control_plane import FakeWorker, Plane
+
+V1: dict[str, Any] = {
+    "name": "digits",
+    "source": "kafka:in",
+    "results": ["kafka:out"],
+    "model": "digits",
+    "variants": [{"name": "stable", "version": "1", "weight": 1}],
+}
+V2: dict[str, Any] = {**V1, "variants": [{"name": "stable", "version": "2", "weight": 1}]}
+
+
+def tree(*routes: dict[str, Any]) -> dict[str, Any]:
+    return {"route": list(routes)}
+
+
+def apply(plane: Plane, *routes: dict[str, Any], prune: bool = False) -> list[str]:
+    """Apply a document; return what went wrong."""
+    plan = plane.control.plan(tree(*routes), "x", prune=prune)
+    done = plane.control.apply(plan.changes, author="eva@host", reason="why")
+    return [each.problem for each in done if each.problem]
+
+
+def version_at(plane: Plane, time_ms: int, name: str = "digits") -> str | None:
+    found = in_force(plane.store.load().kept[name], time_ms)
+    return None if found is None or found.route is None else found.route.variants[0].version
+
+
+@pytest.fixture
+def plane() -> Plane:
+    """Two workers and route digits at version 1, in force."""
+    made = Plane(["w-1", "w-2"])
+    assert apply(made, V1) == []
+    made.clock.advance(5)
+    return made
+
+
+def test_a_change_takes_effect_when_all_are_ready_and_not_before(plane: Plane) -> None:
+    """Announced, loaded, then given its time, ahead of now by the lead: one instant for all."""
+    plane.workers[1].loads = False
+    seen: list[str] = []
+
+    def slowly() -> None:
+        log = plane.store.load()
+        waiting = log.announced("digits")
+        assert waiting is not None
+        assert version_at(plane, plane.clock.utc_ms() + 10**9) == "1"
+        seen.append(waiting.action)
+        if len(seen) == 20:
+            plane.workers[1].loads = True
+            plane.between = lambda: None
+
+    plane.between = slowly
+    assert apply(plane, V2) == []
+    newest = plane.store.load().newest("digits")
+
+    assert len(seen) == 20
+    assert newest is not None
+    assert newest.effective_from_ms == newest.at_ms + 2_000
+    assert version_at(plane, newest.effective_from_ms - 1) == "1"
+    assert version_at(plane, newest.effective_from_ms) == "2"
+    assert (newest.author, newest.reason, newest.action) == ("eva@host", "why", "activate")
+    assert [each.action for each in plane.control.history("digits")] == [
+        "activate",
+        "apply",
+        "activate",
+        "apply",
+    ]
+
+
+def test_progress_names_who_is_waited_for(plane: Plane) -> None:
+    """Which worker lacks which version."""
+    plane.workers[0].loads = False
+    said: list[str] = []
+    plan = plane.control.plan(tree(V2), "x")
+    done = plane.control.apply(
+        plan.changes,
+        author="eva",
+        timeout_s=3,
+        progress=lambda found: said.extend(map(str, found)),
+        acknowledge_s=0,
+    )
+
+    assert "w-1 has not loaded digits:2" in said
+    assert done[0].revision is None
+    assert done[0].problem.startswith("not ready within 3 s: w-1 has not loaded digits:2")
+
+
+def test_a_version_that_a_worker_refuses_is_withdrawn_at_once(plane: Plane) -> None:
+    """Its reason is said, nobody waits for the bound, and what stood stands since when it stood."""
+    before = plane.store.load().newest("digits")
+    plane.workers[1].refuses = {"digits:2": "self-check failed"}
+    started = plane.clock.monotonic()
+    problems = apply(plane, V2)
+    log = plane.store.load()
+    after = log.newest("digits")
+
+    assert problems == ["w-2 refuses digits:2: self-check failed; what stood serves on"]
+    assert plane.clock.monotonic() - started < 35
+    assert before is not None
+    assert after is not None
+    assert (after.route, after.effective_from_ms) == (before.route, before.effective_from_ms)
+    assert log.announced("digits") is None
+    assert after.action == "withdraw"
+
+
+def test_a_new_route_that_is_refused_is_gone(plane: Plane) -> None:
+    """There is nothing that could serve on."""
+    plane.workers[0].refuses = {"digits:2": "no"}
+    other = {**V2, "name": "other", "source": "kafka:other"}
+
+    assert len(apply(plane, other)) == 1
+    assert [each.name for each in plane.store.load().table().routes] == ["digits"]
+
+
+def test_one_routes_refusal_is_not_anothers(plane: Plane) -> None:
+    """Of two changes in one file the sound one takes effect."""
+    plane.workers[0].refuses = {"digits:3": "no"}
+    other = {**V1, "name": "other", "source": "kafka:other"}
+    other["variants"] = [{"name": "stable", "version": "3", "weight": 1}]
+
+    assert len(apply(plane, V2, other)) == 1
+    assert version_at(plane, 10**13) == "2"
+
+
+def test_a_pool_without_workers_changes_at_once(plane: Plane) -> None:
+    """There is nobody to wait for, and the plan says so."""
+    route = {**V1, "name": "other", "source": "kafka:other", "pool": "gpu"}
+    plan = plane.control.plan(tree(V1, route), "x")
+    now = plane.clock.utc_ms()
+    (done,) = plane.control.apply(plan.changes, author="eva")
+
+    assert plan.idle == {"gpu"}
+    assert done.revision is not None
+    assert (done.revision.effective_from_ms, done.workers) == (now, 0)
+
+
+def test_a_plan_is_bound_to_what_it_was_computed_on(plane: Plane) -> None:
+    """Somebody else's change in between is a conflict, and nothing is written."""
+    plan = plane.control.plan(tree(V2), "x")
+    apply(plane, {**V1, "ttl_s": 7})
+    head = plane.store.load().head
+    with pytest.raises(ConflictError, match="route digits: its last revision is 4, not 2: somebody changed"):
+        plane.control.apply(plan.changes, author="eva")
+
+    assert plane.store.load().head == head
+
+
+def test_of_several_who_finish_an_announcement_one_wins(plane: Plane) -> None:
+    """The leader activates what an apply waits for: the apply sees that it is done."""
+    leader = RouteControl(plane.store, plane.clock, plane.catalogue, "f")
+    finished: list[str] = []
+
+    def lead() -> None:
+        plane.step()
+        finished.extend(each.name for each in leader.finish(author="leader"))
+
+    plane.between = lead
+    plane.workers[0].loads = False
+    plan = plane.control.plan(tree(V2), "x")
+
+    def load(_: object) -> None:
+        plane.workers[0].loads = True
+
+    (done,) = plane.control.apply(plan.changes, author="eva", progress=load)
+
+    assert finished == ["digits"]
+    assert done.problem == ""
+    assert done.revision is not None
+    assert done.revision.author == "leader"
+    assert version_at(plane, 10**13) == "2"
+
+
+def test_the_leader_finishes_what_was_only_announced(plane: Plane) -> None:
+    """Ready: its time. Refused or over its bound: withdrawn. A rollout's own: left to it."""
+    changes = plane.control.planned([V2])
+    (announced,) = plane.control.announce(changes, author="eva", reason="by HTTP")
+    assert announced.effective_from_ms is None
+    assert plane.control.finish(author="leader") == []
+    plane.step()
+    (done,) = plane.control.finish(author="leader")
+    assert done.revision is not None
+    assert done.revision.reason == "by HTTP"
+    assert plane.control.finish(author="leader") == []
+
+    plane.workers[0].loads = False
+    v3 = {**V1, "variants": [{"name": "stable", "version": "3", "weight": 1}]}
+    plane.control.announce(plane.control.planned([v3]), author="eva", reason="")
+    plane.pause(59)
+    assert plane.control.finish(author="leader") == []
+    plane.pause(1)
+    (gone,) = plane.control.finish(author="leader")
+    assert gone.problem.startswith("w-1 has not loaded digits:3")
+    assert plane.store.load().announced("digits") is None
+
+
+def test_an_apply_that_was_cut_off_goes_on(plane: Plane) -> None:
+    """The same file again announces nothing twice."""
+    plane.control.announce(plane.control.planned([V2]), author="eva", reason="")
+    number = plane.store.load().head.number
+    assert apply(plane, V2) == []
+
+    assert plane.store.load().head.number == number + 1
+
+
+def test_an_interrupt_takes_the_announcement_back(plane: Plane) -> None:
+    """Control-C leaves nothing behind that would switch later."""
+    plane.workers[0].loads = False
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    plane.between = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        apply(plane, V2)
+
+    log = plane.store.load()
+    assert log.announced("digits") is None
+    assert version_at(plane, 10**13) == "1"
+
+
+def test_a_silent_worker_expires_and_a_draining_one_is_not_waited_for(plane: Plane) -> None:
+    """Live is who reports and goes on taking."""
+    plane.workers[1].draining = True
+    plane.workers[1].loads = False
+    assert apply(plane, V2) == []
+
+    silent = plane.workers.pop(0)
+    plane.workers.clear()
+    plane.clock.advance(10)
+    assert silent.name not in {each.worker for each in plane.store.workers()}
+
+
+def test_every_change_is_in_the_audit_log_with_before_after_and_bytes(plane: Plane) -> None:
+    """Who, what, why, and the digests that will run; the chain holds."""
+    apply(plane, V2)
+    found = plane.store.audit()
+    entries = [entry for entry, _ in found]
+
+    assert [each.action for each in entries] == ["apply", "activate"] * 2
+    last = entries[2]
+    assert (last.actor, last.reason, last.subject) == ("eva@host", "why", "route digits")
+    assert last.before["variants"][0]["version"] == "1"
+    assert last.after["variants"][0]["version"] == "2"
+    assert last.after["digests"] == {"digits:2": "digest-digits-2"}
+    for (before, _), (after, _) in itertools.pairwise(found):
+        assert after.previous == seal(before)[1]
+
+
+def test_a_revert_is_a_new_revision_with_the_old_content(plane: Plane) -> None:
+    """Without a number it is the last that was in force and differs; the buckets move least."""
+    canary = [
+        {"name": "stable", "version": "1", "weight": 95},
+        {"name": "canary", "version": "2", "weight": 5},
+    ]
+    apply(plane, {**V1, "variants": canary})
+    apply(plane, V2)
+    back = plane.control.plan_revert("digits")
+    (change,) = back.changes
+    assert change.moved == 9_500
+    plane.control.apply(back.changes, author="eva", action="revert")
+    assert [each.version for each in plane.store.load().table().routes[0].variants] == ["1", "2"]
+
+    first = plane.control.plan_revert("digits", 1)
+    assert first.changes[0].moved == 500
+    for to, said in ((99, "route digits has no revision 99; its last ones are"), (None, None)):
+        if said is not None:
+            with pytest.raises(ConfigError, match=said):
+                plane.control.plan_revert("digits", to)
+    with pytest.raises(ConfigError, match='did you mean "digits"'):
+        plane.control.plan_revert("digts")
+
+
+def test_a_revert_passes_over_what_an_abort_has_undone(plane: Plane) -> None:
+    """What was hidden retroactively was never really in force."""
+    apply(plane, V2)
+    stands = plane.store.load().newest("digits")
+    assert stands is not None
+    bad = {**V1, "variants": [{"name": "stable", "version": "3", "weight": 1}]}
+    apply(plane, bad)
+    newest = plane.store.load().newest("digits")
+    assert newest is not None
+    from inferfleet.plane import Change, Draft
+
+    plane.store.commit(
+        Change(
+            actor="rollout",
+            audit=(),
+            drafts=(Draft("digits", stands.route, newest.effective_from_ms, "abort"),),
+        )
+    )
+
+    (change,) = plane.control.plan_revert("digits").changes
+    assert change.after is not None
+    assert change.after.variants[0].version == "1"
+
+
+def test_a_route_is_deleted_only_by_prune(plane: Plane) -> None:
+    """Named as left alone otherwise; a shadow keeps what it sees from being deleted."""
+    shadow = {
+        "name": "next",
+        "source": "kafka:in",
+        "shadow_of": "digits",
+        "pool": "shadow",
+        "model": "digits",
+        "version": "2",
+    }
+    apply(plane, V1, shadow)
+    left = plane.control.plan(tree(shadow), "x")
+    assert [(each.name, each.kind) for each in left.changes] == [("next", "unchanged"), ("digits", "left")]
+    with pytest.raises(ConfigError, match='shadow_of = "digits" names no route'):
+        plane.control.plan(tree(shadow), "x", prune=True)
+
+    assert apply(plane, V1, prune=True) == []
+    assert [each.name for each in plane.store.load().table().routes] == ["digits"]
+
+
+def test_latest_is_resolved_once_and_written_as_a_number(plane: Plane) -> None:
+    """In the short form, in variants and in shadows."""
+    plane.catalogue.newest = "3"
+    short = {key: value for key, value in V1.items() if key != "variants"}
+    plan = plane.control.plan(tree({**short, "version": "latest"}), "x")
+    assert plan.latest == {"digits": "3"}
+    assert plan.changes[0].after is not None
+    assert plan.changes[0].after.variants[0].version == "3"
+
+    entry = {
+        **V1,
+        "variants": [{"name": "a", "version": "latest", "weight": 1}],
+        "shadows": [{"name": "s", "version": "latest"}],
+    }
+    after = plane.control.plan(tree(entry), "x").changes[0].after
+    assert after is not None
+    assert after.versions == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        ([{**V1, "name": "other"}], "share the source kafka:in in pool"),
+        ([{**V1, "name": "s", "shadow_of": "digits", "results": []}], "share the source"),
+        ([{**V1, "shadow_of": "none", "results": [], "pool": "s", "name": "s"}], "names no route"),
+        (
+            [{**V1, "shadow_of": "digits", "results": [], "pool": "s", "name": "s", "source": "kafka:o"}],
+            "must be the same topic",
+        ),
+        (
+            [{**V1, "shadow_of": "digits", "results": [], "pool": "s", "name": "s", "input": "columns"}],
+            "has input",
+        ),
+        (
+            [{**V1, "shadow_of": "digits", "results": [], "source": "kafka:o", "name": "s"}],
+            'in the same pool "default"',
+        ),
+        ([{**V1, "order": "key"}], "does not exist yet"),
+        ([{"name": "digits"}], "source"),
+    ],
+)
+def test_what_workers_would_refuse_is_refused_before(
+    plane: Plane, routes: list[dict[str, Any]], said: str
+) -> None:
+    """One line that names the route; nothing is announced."""
+    head = plane.store.load().head
+    with pytest.raises(ConfigError, match=said):
+        plane.control.plan(tree(*routes), "x")
+    assert plane.store.load().head == head
+
+
+def test_a_rabbitmq_shadow_needs_a_queue_of_its_own(plane: Plane) -> None:
+    """On one queue each would get a part of the requests."""
+    primary = {**V1, "name": "p", "source": "rabbitmq:q", "results": ["reply"]}
+    shadow = {**primary, "name": "s", "shadow_of": "p", "results": [], "pool": "shadow"}
+    with pytest.raises(ConfigError, match=r"each would get a part.*topics plan s"):
+        plane.control.plan(tree(primary, shadow), "x")
+
+    plane.control.plan(tree(primary, {**shadow, "source": "rabbitmq:q.shadow"}), "x")
+
+
+def test_versions_exist_and_take_the_same(plane: Plane) -> None:
+    """A version that is not there, and variants with other inputs."""
+    plane.catalogue.unknown = {"2"}
+    with pytest.raises(ModelRepositoryError, match="has no version '2'"):
+        plane.control.plan(tree(V2), "x")
+    plane.catalogue.unknown, plane.catalogue.odd = set(), {"2"}
+    both = [{"name": "a", "version": "1", "weight": 1}, {"name": "b", "version": "2", "weight": 1}]
+    with pytest.raises(ConfigError, match="versions 1 and 2 of model digits differ in their inputs"):
+        plane.control.plan(tree({**V1, "variants": both}), "x")
+
+
+def test_a_store_that_lost_revisions_is_not_written_to(plane: Plane) -> None:
+    """Workers hold more than it: only a reset goes on, above all that they hold, in a new epoch."""
+    backup = plane.store.copy()
+    apply(plane, V2)
+    plane.store.restore(backup)
+    for each in plane.workers:
+        each.report()
+    with pytest.raises(LogLostError, match=r"w-1 holds revision 4 of epoch 0.*route apply --reset FILE"):
+        plane.control.plan(tree(V2), "x")
+
+    plan = plane.control.plan_reset(tree(V2), "x")
+    (done,) = plane.control.reset(plan.changes, author="eva", reason="restored")
+    assert done.revision is not None
+    assert (done.revision.epoch, done.revision.number) == (1, 5)
+    plane.step()
+    plane.control.plan(tree(V2), "x")
+
+
+def test_a_store_that_went_on_differently_is_not_written_to() -> None:
+    """Another revision of the same number: the workers' log is not a beginning of the store's."""
+    plane = Plane(["w-1"])
+    apply(plane, V1)
+    other = MemoryControlStore(plane.clock)
+    control = RouteControl(other, plane.clock, plane.catalogue, "f", pause=plane.pause)
+    control.apply(control.plan(tree({**V1, "ttl_s": 3}), "x").changes, author="x")
+    stray = FakeWorker(other, "w-2")
+    stray.head = plane.store.load().head._replace(number=1)
+    stray.report()
+
+    with pytest.raises(LogLostError, match="w-2 holds another revision 1 than the store"):
+        control.plan(tree(V1), "x")
