@@ -29,6 +29,7 @@ from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.loop import LoopOptions, WorkerLoop
 from inferfleet.worker.plan import RoutePlan
+from inferfleet.worker.schedule import Schedule
 from inferfleet.worker.sources import Sources
 from tests.simulation.audit import Audit, ViolationError
 from tests.simulation.engine import SimEngine, SimModel, VirtualNews
@@ -249,7 +250,9 @@ class SimWorker:
         """Serve the routes of ``table`` from now on."""
         self.loop.use(
             [
-                RoutePlan(route, table.revision, self.engines, lambda *_: NoWishes(), self._config)
+                Schedule.always(
+                    RoutePlan(route, table.revision, self.engines, lambda *_: NoWishes(), self._config)
+                )
                 for route in table.routes
             ]
         )

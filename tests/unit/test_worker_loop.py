@@ -33,6 +33,7 @@ from inferfleet.worker.careful import Careful
 from inferfleet.worker.engine import Engine, Finished
 from inferfleet.worker.loop import LoopOptions, WorkerLoop
 from inferfleet.worker.plan import RoutePlan
+from inferfleet.worker.schedule import Schedule
 from tests.support.builders import chunk, messages, v2
 from tests.support.outlets import ScriptedOutlet, delivery, route_plan
 
@@ -105,7 +106,7 @@ class Bench:
         config = Config(worker=Worker(id="w"), retry=Retry(delays_ms=()))
         variants = (Variant("stable", version, 100, ((0, 10_000),)),)
         plan = route_plan(SIGNATURE, variants=variants, config=config, **route)
-        self.loop.use([plan])
+        self.loop.use([Schedule.always(plan)])
         self.loop.engines.watch(plan.variants[0].engine)
         return plan
 

@@ -23,6 +23,7 @@ from inferfleet.worker.deadletter import origin_of
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.reading import Reading
 from inferfleet.worker.retries import retry_headers
+from inferfleet.worker.schedule import Schedule
 from inferfleet.worker.settling import Settling
 from tests.support.builders import STREAM, chunk, messages, v2
 from tests.support.outlets import ScriptedOutlet, delivery, route_plan
@@ -54,7 +55,7 @@ class Bench:
         self.delivery.on_settled = self.settled.append
 
     def read(self, of: Chunk, plan: RoutePlan | None = None) -> None:
-        self.reading.read(self.plan if plan is None else plan, of)
+        self.reading.read(Schedule.always(self.plan if plan is None else plan), of)
         self.store.poll()
 
     def queued(self) -> Batch | None:
@@ -316,7 +317,7 @@ def test_what_was_held_back_runs_by_the_same_plan() -> None:
     """As it was read, and no second time."""
     bench = Bench(["kafka:out"], source=Destination("kafka", STREAM.source))
     part = _held_back(bench, chunk([GOOD]))
-    bench.reading.again(bench.plan, part)
+    bench.reading.again(Schedule.always(bench.plan), [part])
     batch = bench.queued()
     assert batch is not None
     assert batch.parts == [part]
@@ -333,7 +334,7 @@ def test_what_was_held_back_runs_by_the_routes_as_they_are() -> None:
         variants=(Variant("stable", "7", 1, ((0, 10_000),)),),
         max_batch_size=3,
     )
-    bench.reading.again(now, part)
+    bench.reading.again(Schedule.always(now), [part])
     assert bench.queued() is None
     batch = bench.batcher.due("m", "7", NEVER, 0)
     assert batch is not None
@@ -349,7 +350,7 @@ def test_what_a_new_version_cannot_read_ends_as_an_error() -> None:
     part = _held_back(bench, of)
     other = Signature((TensorSpec("x", "FP32", (5,)),), SIGNATURE.outputs)
     now = route_plan(other, results=["kafka:out"], variants=(Variant("stable", "7", 1, ((0, 10_000),)),))
-    bench.reading.again(now, part)
+    bench.reading.again(Schedule.always(now), [part])
     assert bench.codes("out") == ["E_SHAPE"]
     assert [(settling.chunk, settling.rows) for settling in bench.settled] == [(of, [0])]
 
@@ -358,7 +359,7 @@ def test_what_was_held_back_of_a_route_that_is_gone_stays_open() -> None:
     """Its stream is being taken away: somebody else answers it."""
     bench = Bench(["kafka:out"], source=Destination("kafka", STREAM.source))
     of = chunk([GOOD])
-    bench.reading.again(None, _held_back(bench, of))
+    bench.reading.again(None, [_held_back(bench, of)])
     assert (bench.queued(), of.open) == (None, 1)
 
 
@@ -366,7 +367,7 @@ def test_what_was_held_back_of_a_route_that_went_and_came_back_runs() -> None:
     """Nothing of it was under way, so that its message must not wait for an end that never comes."""
     bench = Bench([OUT])
     of = messages([GOOD], [Amqp(message_id="a")])
-    bench.reading.again(None, _held_back(bench, of))
+    bench.reading.again(None, [_held_back(bench, of)])
     bench.ledger.ended([of.stream])
     assert bench.reading.orphan(of, bench.batcher.drop_dead()) == 0
     bench.reading.release(of)

@@ -54,13 +54,18 @@ BINARY_ANSWER = AnswerForm(binary=True)
 
 
 class Served(NamedTuple):
-    """Which version answers, and why: the meaning of the ``inferfleet-served`` header."""
+    """Which version answers, and why: the meaning of the ``inferfleet-served`` header.
+
+    ``revision`` is the one in force at the record's time; ``fallback`` says that its version is loaded no
+    longer, and the stable one of now answers in its place.
+    """
 
     route: str
     model: str
     version: str
     variant: str
     revision: str
+    fallback: bool = False
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inferfleet.core.cost import CostLine
@@ -182,18 +183,29 @@ class Batcher:
 
     def drop_dead(self) -> list[Requests]:
         """Forget requests whose chunk was taken away, and return them."""
-        dropped: list[Requests] = []
+        return self.withdraw(lambda part: not part.chunk.live)
+
+    def withdraw(self, unwanted: Callable[[Requests], bool]) -> list[Requests]:
+        """Take out what waits and is no longer wanted here, and return it."""
+        taken: list[Requests] = []
         for queue in self._lanes.values():
             for priority, waiting in queue.queues.items():
-                dead = [item for item in waiting if not item.part.chunk.live]
-                if dead:
-                    queue.queues[priority] = deque(item for item in waiting if item.part.chunk.live)
-                    rows = sum(item.rows for item in dead)
+                gone = [unwanted(item.part) for item in waiting]
+                if any(gone):
+                    kept = [item for item, out in zip(waiting, gone, strict=True) if not out]
+                    taken += [item.part for item, out in zip(waiting, gone, strict=True) if out]
+                    rows = sum(item.rows for item in waiting) - sum(item.rows for item in kept)
+                    queue.queues[priority] = deque(kept)
                     queue.rows -= rows
                     self.rows -= rows
-                    dropped += [item.part for item in dead]
             queue.refresh()
-        return dropped
+        return taken
+
+    def parts(self) -> Iterator[Requests]:
+        """Yield all that waits."""
+        for queue in self._lanes.values():
+            for waiting in queue.queues.values():
+                yield from (item.part for item in waiting)
 
     def tidy(self) -> None:
         """Forget empty lanes, so that many odd shapes do not pile up."""
@@ -204,9 +216,10 @@ class Batcher:
             if not queues:
                 del self._by_model[lane.model, lane.version]
 
-    def waiting(self, model: str, version: str) -> int:
-        """Return how many rows wait for a version."""
-        return sum(queue.rows for queue in self._by_model.get((model, version), ()))
+    def waiting(self, model: str, version: str, role: str | None = None) -> int:
+        """Return how many rows wait for a version, or for one role of it."""
+        queues = self._by_model.get((model, version), ())
+        return sum(queue.rows for queue in queues if role is None or queue.lane.role == role)
 
     @property
     def lanes(self) -> int:

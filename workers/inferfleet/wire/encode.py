@@ -45,6 +45,8 @@ def served_header(served: Served, worker: str) -> Header:
         f"route={served.route};model={served.model};version={served.version};"
         f"variant={served.variant};revision={served.revision};worker={worker}"
     )
+    if served.fallback:
+        text += ";fallback=1"
     return (names.SERVED, text.encode())
 
 

@@ -93,6 +93,10 @@ class Brakes:
         """Return how many requests are held back."""
         return sum(part.chunk.live for parts in self._withheld.values() for part in parts)
 
+    def withheld_parts(self) -> list[Requests]:
+        """Return what is held back."""
+        return [part for parts in self._withheld.values() for part in parts]
+
     def drop_dead(self) -> list[Requests]:
         """Forget what was held back of streams that were taken away, and return it."""
         dead = [part for parts in self._withheld.values() for part in parts if not part.chunk.live]

@@ -33,6 +33,7 @@ class Dispatching:
         self._condemned = condemned
         self._engines: list[Engine] = []
         self._alone: deque[tuple[Engine, Batch]] = deque()
+        self._running: dict[int, Batch] = {}
         self._suspect: Batch | None = None
         """The one that runs now: until it has ended nothing else is given to any engine."""
 
@@ -84,7 +85,7 @@ class Dispatching:
                     if self._alone:
                         return
                 else:
-                    engine.submit(batch)
+                    self._submit(engine, batch)
 
     def _screen(self, engine: Engine, batch: Batch) -> None:
         found = self._careful.screen(batch)
@@ -93,7 +94,7 @@ class Dispatching:
         self._alone.extend((engine, single) for single in found.alone)
         if found.rest is not None:
             self._careful.began(found.rest)
-            engine.submit(found.rest)
+            self._submit(engine, found.rest)
 
     def _run_alone(self) -> None:
         """Run the next suspect once nothing else runs anywhere, so that a crash is its own."""
@@ -102,11 +103,16 @@ class Dispatching:
             if batch.parts[0].chunk.live:
                 self._careful.began(batch)
                 self._suspect = batch
-                engine.submit(batch)
+                self._submit(engine, batch)
+
+    def _submit(self, engine: Engine, batch: Batch) -> None:
+        self._running[id(batch)] = batch
+        engine.submit(batch)
 
     def finished(self, item: Finished) -> BatchResult:
         """Hear that a batch has ended, and return what became of it."""
         item.engine.in_flight -= 1
+        self._running.pop(id(item.result.batch), None)
         if item.result.batch is self._suspect:
             self._suspect = None
         if self._careful.active:
@@ -123,6 +129,15 @@ class Dispatching:
 
     def drop_dead(self) -> list[Requests]:
         """Forget requests whose chunk was taken away, and return them."""
-        dead = [part for _, batch in self._alone for part in batch.parts if not part.chunk.live]
-        self._alone = deque(each for each in self._alone if each[1].parts[0].chunk.live)
-        return dead + self._batcher.drop_dead()
+        return self.withdraw(lambda part: not part.chunk.live)
+
+    def withdraw(self, unwanted: Callable[[Requests], bool]) -> list[Requests]:
+        """Take out what waits and is no longer wanted here, and return it; what runs ends as it began."""
+        gone = [part for _, batch in self._alone for part in batch.parts if unwanted(part)]
+        self._alone = deque(each for each in self._alone if not unwanted(each[1].parts[0]))
+        return gone + self._batcher.withdraw(unwanted)
+
+    def open(self) -> list[Requests]:
+        """Return all that waits or runs."""
+        batches = [*self._running.values(), *(batch for _, batch in self._alone)]
+        return [*self._batcher.parts(), *(part for batch in batches for part in batch.parts)]

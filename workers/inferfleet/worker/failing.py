@@ -61,7 +61,7 @@ class Failing:
         """End requests that could not be read."""
         ours = [index for index, code in enumerate(failures.codes) if RULES[code].brake]
         if ours and failures.chunk.live:
-            self._brakes.unread(plan.name, _picked(failures, ours))
+            self._brakes.unread(plan.name, picked(failures, ours))
         self.fail(plan, failures)
 
     def fail(
@@ -88,7 +88,7 @@ class Failing:
             else:
                 self._delay(plan, failures, index, again)
         if ended:
-            self._end(plan, failures if len(ended) == len(failures.rows) else _picked(failures, ended))
+            self._end(plan, failures if len(ended) == len(failures.rows) else picked(failures, ended))
 
     def _again(
         self, plan: RoutePlan, failures: Failures, index: int, deadline_ms: int | None
@@ -119,7 +119,7 @@ class Failing:
             [again.delay_ms],
         )
         settling = Settling(self._listener, plan, chunk, [row], {}, [request_id], failures.served)
-        settling.instead = _picked(failures, [index])
+        settling.instead = picked(failures, [index])
         self._to.publish(settling, envelopes, [row])
         self._metrics.retries(plan.name, 1)
         settling.close()
@@ -226,7 +226,8 @@ def _counted(plan: RoutePlan, failures: Failures) -> dict[Outcome, int]:
     return dict(Counter((*named, code.value) for code in failures.codes))
 
 
-def _picked(failures: Failures, indices: Sequence[int]) -> Failures:
+def picked(failures: Failures, indices: Sequence[int]) -> Failures:
+    """Return the failures at ``indices``."""
     return Failures(
         failures.chunk,
         [failures.rows[i] for i in indices],

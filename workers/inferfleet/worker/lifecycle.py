@@ -39,7 +39,9 @@ from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.engine import Engine, Loaded, News
 from inferfleet.worker.loop import IDLE_WAIT_S, LoopOptions, WorkerLoop
+from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan
+from inferfleet.worker.schedule import Schedule
 
 log = structlog.get_logger(__name__)
 
@@ -135,6 +137,15 @@ class Worker:
             adapters.clock,
             LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
         )
+        if adapters.reporter is not None:
+            self.loop.observing = Observing(
+                config.worker_id,
+                adapters.reporter,
+                adapters.clock,
+                config.reports.every_s,
+                crashed=self._careful.active,
+                letters=config.dlt.include,
+            )
 
     def stop(self) -> None:
         """Ask the worker to drain and end; safe in a signal handler."""
@@ -220,7 +231,7 @@ class Worker:
         for plan in plans:
             self._check_brokers(plan)
         self._to.follow(table.of_pool(self._config.worker.pool))
-        self.loop.use(plans)
+        self.loop.use([Schedule.always(plan) for plan in plans])
         self._table = table
         self._to.metrics.route_revision(table.revision)
         log.info("routes_adopted", revision=table.revision, routes=[plan.name for plan in plans])

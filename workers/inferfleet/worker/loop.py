@@ -7,7 +7,8 @@ thing that is most likely to happen next.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -20,7 +21,7 @@ from inferfleet.core.batcher import Batcher
 from inferfleet.core.ledger import Ledger
 from inferfleet.errors import Code
 from inferfleet.ports import Clock, Intake, Outlet, ResultOutlet
-from inferfleet.records import BatchResult, Chunk, Requests, RowFailure, Served, Stream
+from inferfleet.records import BatchResult, Chunk, Requests, RowFailure, Stream
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
@@ -28,9 +29,12 @@ from inferfleet.worker.delivery import Delivery, Settling
 from inferfleet.worker.dispatching import Dispatching
 from inferfleet.worker.engine import Finished, Loaded, News
 from inferfleet.worker.failing import failures_of
+from inferfleet.worker.gauges import Gauges
 from inferfleet.worker.observing import Observing
-from inferfleet.worker.plan import RoutePlan, VariantPlan
+from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.reading import Reading
+from inferfleet.worker.schedule import Schedule
+from inferfleet.worker.steered import Steered
 
 log = structlog.get_logger(__name__)
 
@@ -83,12 +87,15 @@ class WorkerLoop:
         self.batcher = Batcher()
         self.admission = Admission((), options.max_rows, options.max_bytes)
         self._reading = Reading(self.ledger, self.batcher, self.admission, delivery, metrics, clock)
+        self._gauges = Gauges(self.ledger, self.batcher, self.admission, metrics)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
         self.observing: Observing | None = None
         self.loaded: list[Loaded] = []
         self.held: dict[str, str] = {}
-        self._plans: dict[str, RoutePlan] = {}
-        self._by_served: dict[Served, tuple[RoutePlan, VariantPlan]] = {}
+        self.ended: Counter[str] = Counter()
+        """How many records of each route have had their outcome since the start."""
+        self._schedules: dict[str, Schedule] = {}
+        self._steered = Steered()
         self._prompt: set[Stream] = set()
         self._paused: set[str] = set()
         self._dropped: set[str] = set()
@@ -100,19 +107,32 @@ class WorkerLoop:
     def __repr__(self) -> str:
         return f"WorkerLoop({self.ledger!r}, {self.batcher!r}, {self.admission!r})"
 
-    def use(self, plans: Collection[RoutePlan]) -> None:
-        """Serve these routes from now on; what is under way ends as it began."""
-        self._follow_sources({source for plan in plans for source in plan.sources})
-        self._plans = {source: plan for plan in plans for source in plan.sources}
-        for plan in plans:
-            for variant in plan.variants:
-                self._by_served[variant.served] = (plan, variant)
-        names = [plan.name for plan in plans]
+    def use(self, schedules: Collection[Schedule]) -> None:
+        """Serve these routes from now on.
+
+        What runs ends as it began. What only waits under a revision that is not in force at its time any
+        longer (an abort has taken its place) is steered anew.
+        """
+        self._follow_sources({source for each in schedules for source in each.sources})
+        self._schedules = {source: each for each in schedules for source in each.sources}
+        self._steered.serve(schedules, lambda: [*self.engines.open(), *self._brakes.withheld_parts()])
+        names = [each.name for each in schedules]
         self.admission.routes(names)
         self._brakes.routes(names)
         if self.observing is not None:
-            self.observing.serve(plans)
-        self._intake.subscribe(sorted(self._plans), self)
+            self.observing.serve([each.plan for each in schedules])
+        self._again(self.engines.withdraw(self._moved))
+        self._intake.subscribe(sorted(self._schedules), self)
+
+    def _moved(self, part: Requests) -> bool:
+        return self._steered.moved(part, self._schedules.get(part.chunk.stream.source))
+
+    def _again(self, parts: Iterable[Requests]) -> None:
+        by_source: dict[str, list[Requests]] = {}
+        for part in parts:
+            by_source.setdefault(part.chunk.stream.source, []).append(part)
+        for source, own in by_source.items():
+            self._reading.again(self._schedules.get(source), own)
 
     def _follow_sources(self, sources: set[str]) -> None:
         """Pause what is served no longer: it is still assigned until the group has heard of it.
@@ -120,7 +140,7 @@ class WorkerLoop:
         Nobody would answer a record taken meanwhile, and if its route came back before the revoke, later
         records would be settled past it.
         """
-        dropped, back = set(self._plans) - sources, self._dropped & sources
+        dropped, back = set(self._schedules) - sources, self._dropped & sources
         if dropped:
             self._intake.pause(dropped)
             # Some members are told that such streams are lost, which is too late to settle anything.
@@ -148,7 +168,7 @@ class WorkerLoop:
         engines_run = self.engines.running
         chunks = self._take(0.0 if engines_run or not may_take else wait_s) if may_take else self._mind()
         for chunk in chunks:
-            self._reading.read(self._plans.get(chunk.stream.source), chunk)
+            self._reading.read(self._schedules.get(chunk.stream.source), chunk)
         if chunks:
             self.engines.run()
             return True
@@ -163,8 +183,7 @@ class WorkerLoop:
             self._results.poll()
         self._delivery.retry_parked(self._clock.monotonic())
         self._listen(0.0)
-        for part in self._brakes.released():
-            self._reading.again(self._plans.get(part.chunk.stream.source), part)
+        self._again(self._brakes.released())
         self.engines.run(flush=flush or self._draining)
 
     def _listen(self, wait_s: float) -> None:
@@ -190,13 +209,13 @@ class WorkerLoop:
         failures = list(result.failures)
         answered: dict[str, int] = {}
         for answer in result.answers:
-            plan, variant = self._served(answer.part)
+            plan, variant = self._steered.of(answer.part)
             failed = self._delivery.answer(plan, variant, answer)
             failures += failed
             if answer.part.chunk.origins is None:
                 answered[plan.name] = answered.get(plan.name, 0) + len(answer.part) - len(failed)
         if self.observing is not None:
-            self.observing.batch(result, failures, self._served)
+            self.observing.batch(result, failures, self._steered.of)
         if failures:
             self._failed(failures, answered)
         for name, count in answered.items():
@@ -214,23 +233,18 @@ class WorkerLoop:
         """
         by_route: dict[str, tuple[RoutePlan, list[RowFailure]]] = {}
         for failure in failures:
-            plan = self._served(failure.part)[0]
+            plan = self._steered.of(failure.part)[0]
             by_route.setdefault(plan.name, (plan, []))[1].append(failure)
         for plan, failed in by_route.values():
             self._delivery.row_failures(plan, failed, answered.pop(plan.name, 0))
 
     def _expired(self, part: Requests) -> None:
-        self._delivery.expired(self._served(part)[0], part)
+        self._delivery.expired(self._steered.of(part)[0], part)
 
     def _condemned(self, part: Requests) -> None:
         """Answer a request that has ended the process, whatever a brake says: it must not run again."""
         verdict = (Code.MODEL, "the process that ran this request has ended, again and again")
-        self._delivery.fail(self._served(part)[0], failures_of(part, [0], [verdict]))
-
-    def _served(self, part: Requests) -> tuple[RoutePlan, VariantPlan]:
-        if part.served is None:
-            raise LookupError(f"{part.chunk} was never steered")
-        return self._by_served[part.served]
+        self._delivery.fail(self._steered.of(part)[0], failures_of(part, [0], [verdict]))
 
     # Taking
 
@@ -238,8 +252,8 @@ class WorkerLoop:
         """Return whether any route may take now, and pause those that have not been able to for long."""
         blocked = {
             source
-            for source, plan in self._plans.items()
-            if plan.name in self.held or not self.admission.may_take(plan.name)
+            for source, each in self._schedules.items()
+            if each.name in self.held or not self.admission.may_take(each.name)
         }
         if not self.admission.full:
             self._full_since = None
@@ -247,17 +261,19 @@ class WorkerLoop:
             self._full_since = now
         lasting = self._full_since is not None and now - self._full_since >= PAUSE_AFTER_S
         wanted = {
-            source for source in blocked if lasting or self._draining or self._plans[source].name in self.held
+            source
+            for source in blocked
+            if lasting or self._draining or self._schedules[source].name in self.held
         }
         if self._draining:
-            wanted = set(self._plans)
+            wanted = set(self._schedules)
         if wanted - self._paused:
             self._intake.pause(wanted - self._paused)
         if self._paused - wanted:
             self._intake.resume(self._paused - wanted)
         self._paused = wanted
         # While the bound is met by not taking, nothing is taken from anybody who shares the client.
-        return not self._draining and len(self._plans) > len(blocked) and not (blocked - wanted)
+        return not self._draining and len(self._schedules) > len(blocked) and not (blocked - wanted)
 
     def _take(self, wait_s: float) -> list[Chunk]:
         rows, size_bytes = self.admission.room()
@@ -265,7 +281,7 @@ class WorkerLoop:
 
     def _mind(self) -> list[Chunk]:
         """Stay a member while nothing may be taken: with every source paused, polling returns no record."""
-        if self._paused >= set(self._plans):
+        if self._paused >= set(self._schedules):
             return self._intake.take(1, 1, 0.0)
         return []
 
@@ -275,9 +291,9 @@ class WorkerLoop:
         if self._results is not None:
             away_since = self._results.away_since
             if away_since is not None and now - away_since >= RESULTS_AWAY_PATIENCE_S:
-                for plan in self._plans.values():
-                    if plan.redis:
-                        held.setdefault(plan.name, "redis does not answer")
+                for each in self._schedules.values():
+                    if each.redis:
+                        held.setdefault(each.name, "redis does not answer")
         for name, reason in self._brakes.held().items():
             held.setdefault(name, reason)
         for name in held.keys() - self.held.keys():
@@ -316,6 +332,7 @@ class WorkerLoop:
             self._metrics.outcomes(name, version, variant, outcome, count)
         if not settling.outcomes:  # they come again for another attempt
             return
+        self.ended[name] += len(settling.rows)
         now_ms = self._clock.utc_ms()
         timestamps = chunk.timestamps_ms
         if len(settling.rows) < len(timestamps):
@@ -394,24 +411,18 @@ class WorkerLoop:
             self.observing.close()
         return self.open
 
-    def gauges(self) -> None:
-        """Refresh the metrics that are read off, not counted."""
+    def lag(self) -> dict[str, int]:
+        """Return how many records of each route are not taken yet, as far as is known without asking."""
         lag: dict[str, int] = {}
         for stream, records in self._intake.lag().items():
-            plan = self._plans.get(stream.source)
-            if plan is not None:
-                lag[plan.name] = lag.get(plan.name, 0) + records
-        now_ms = self._clock.utc_ms()
-        for plan in {plan.name: plan for plan in self._plans.values()}.values():
-            oldest = self.ledger.oldest_timestamp_ms(plan.sources)
-            self._metrics.oldest_request_seconds(
-                plan.name, 0.0 if oldest is None else max(0.0, (now_ms - oldest) / 1000)
-            )
-            self._metrics.consumer_lag(plan.name, lag.get(plan.name, 0))
-            self._metrics.in_flight(plan.name, *self.admission.held(plan.name))
-            for variant in plan.variants:
-                served = variant.served
-                waiting = self.batcher.waiting(served.model, served.version)
-                self._metrics.queue_rows(served.model, served.version, "primary", waiting)
+            schedule = self._schedules.get(stream.source)
+            if schedule is not None:
+                lag[schedule.name] = lag.get(schedule.name, 0) + records
+        return lag
+
+    def gauges(self) -> None:
+        """Refresh the metrics that are read off, not counted."""
+        routes = {each.name: each for each in self._schedules.values()}
+        self._gauges.refresh(routes.values(), self.lag(), self._clock.utc_ms())
         if self.batcher.lanes > 256:
             self.batcher.tidy()

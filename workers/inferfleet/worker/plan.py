@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from inferfleet.addresses import REPLY, on_rabbitmq
 from inferfleet.config import Config
@@ -19,8 +21,45 @@ from inferfleet.wire.request import Limits
 from inferfleet.worker.engine import Engine
 
 
+class Reads(NamedTuple):
+    """All that a decoder depends on: equal ones read alike."""
+
+    model: str
+    versions: frozenset[str]
+    signature: Signature
+    limits: Limits
+    columns: bool
+    deadline_ms: int | None
+    needs_id: bool
+
+
+class Decoders:
+    """The decoders in use, one for each way of reading: what several plans read alike is read once."""
+
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[Reads, Decoder] = WeakValueDictionary()
+
+    def of(self, reads: Reads) -> Decoder:
+        """Return the decoder that reads this way."""
+        found = self._known.get(reads)
+        if found is None:
+            found = self._known[reads] = Decoder(
+                reads.model,
+                reads.versions,
+                reads.signature,
+                reads.limits,
+                columns=reads.columns,
+                deadline_ms=reads.deadline_ms,
+                needs_id=reads.needs_id,
+            )
+        return found
+
+
 class VariantPlan:
-    """One variant of a route: its engine, its lanes, and how its answers are written."""
+    """One variant of a route: its engine, its lanes, and how its answers are written.
+
+    ``role`` names its lanes; ``fallback`` says that it answers for a version that is loaded no longer.
+    """
 
     def __init__(
         self,
@@ -30,12 +69,17 @@ class VariantPlan:
         engine: Engine,
         limits: BatchingWishes,
         config: Config,
+        *,
+        role: str = "primary",
+        fallback: bool = False,
     ) -> None:
         if engine.signature is None:
             raise ValueError(f"{engine} is not loaded")
         self.variant = variant
         self.engine = engine
-        self.served = Served(route.name, route.model, variant.version, variant.name, revision)
+        self.role = role
+        self.served = Served(route.name, route.model, variant.version, variant.name, revision, fallback)
+        self.max_rows = limits.max_rows
         self.header: Header = served_header(self.served, config.worker_id)
         self.writer = AnswerWriter(route.model, variant.version, engine.signature)
         self._max_batch_size = max_batch_size(route, limits, config)
@@ -56,7 +100,7 @@ class VariantPlan:
             lane = self._lanes[shapes] = Lane(
                 self.served.model,
                 self.served.version,
-                "primary",
+                self.role,
                 shapes,
                 self._max_batch_size,
                 self._delay_s,
@@ -71,7 +115,9 @@ class RoutePlan:
 
     ``sources`` are the source itself and those of its delayed attempts, ``retries`` where these are
     published, one for each delay. ``destinations`` are the topics and exchanges that every outcome goes to;
-    ``reply`` says that it also goes to the queue that the request names.
+    ``reply`` says that it also goes to the queue that the request names. ``number`` is that of the route's
+    revision, 0 for one from a file. In place of a variant whose version is not among ``engines`` the stable
+    one of ``instead`` answers.
     """
 
     def __init__(
@@ -81,9 +127,14 @@ class RoutePlan:
         engines: Mapping[tuple[str, str], Engine],
         limits: Callable[[str, str], BatchingWishes],
         config: Config,
+        *,
+        number: int = 0,
+        decoders: Decoders | None = None,
+        instead: RoutePlan | None = None,
     ) -> None:
         self.route = route
         self.revision = revision
+        self.number = number
         self.name = route.name
         self.source = source_address(route)
         self.retries = retry_addresses(config, route)
@@ -101,21 +152,12 @@ class RoutePlan:
         self.dead_letters = dead_letter_address(config, route)
         self.ttl_s = route.ttl_s if route.ttl_s is not None else config.results.ttl_s
         self.nan_allowed = route.nan == "allow"
-        self.variants = [
-            VariantPlan(
-                route,
-                variant,
-                revision,
-                engines[route.model, variant.version],
-                limits(route.model, variant.version),
-                config,
-            )
-            for variant in route.variants
-        ]
+        self._engines, self._limits, self._config = engines, limits, config
+        self.variants = self._variants(instead)
         self.failed_header: Header = served_header(
             Served(route.name, route.model, "", "", revision), config.worker_id
         )
-        wishes = [limits(route.model, variant.version).max_rows for variant in route.variants]
+        wishes = [variant.max_rows for variant in self.variants]
         max_rows = min(
             config.limits.max_request_rows,
             config.limits.in_flight_rows,
@@ -123,18 +165,45 @@ class RoutePlan:
         )
         self._steering = Steering.over(route.salt, [variant.ranges for variant in route.variants])
         self._split_by = route.split_by
-        self.decoder = Decoder(
-            route.model,
-            frozenset(variant.version for variant in route.variants),
-            self._signature(),
-            Limits(config.limits.max_request_bytes, max_rows, self.nan_allowed),
-            columns=route.input == "columns",
-            deadline_ms=route.deadline_ms,
-            needs_id=on_rabbitmq(self.source) and not self.destinations and not self.reply,
+        self.decoder = (decoders or Decoders()).of(
+            Reads(
+                route.model,
+                frozenset(variant.version for variant in route.variants),
+                self._signature(),
+                Limits(config.limits.max_request_bytes, max_rows, self.nan_allowed),
+                route.input == "columns",
+                route.deadline_ms,
+                on_rabbitmq(self.source) and not self.destinations and not self.reply,
+            )
         )
 
     def __repr__(self) -> str:
         return f"RoutePlan({self.name}, revision={self.revision})"
+
+    def _variants(self, instead: RoutePlan | None) -> list[VariantPlan]:
+        route = self.route
+        found: list[VariantPlan] = []
+        versions: set[str] = set()
+        for variant in route.variants:
+            engine = self._engines.get((route.model, variant.version))
+            if engine is not None or instead is None:
+                # A version that answers for two variants, as beside a canary, is measured for each apart.
+                role = variant.name if variant.version in versions else "primary"
+                versions.add(variant.version)
+                engine = self._engines[route.model, variant.version] if engine is None else engine
+                found.append(self._variant(route, variant, engine, role=role))
+            else:
+                stable = instead.variants[0]
+                found.append(self._variant(instead.route, stable.variant, stable.engine, fallback=True))
+        return found
+
+    def _variant(
+        self, route: Route, variant: Variant, engine: Engine, *, role: str = "primary", fallback: bool = False
+    ) -> VariantPlan:
+        wishes = self._limits(route.model, variant.version)
+        return VariantPlan(
+            route, variant, self.revision, engine, wishes, self._config, role=role, fallback=fallback
+        )
 
     def _signature(self) -> Signature:
         """Return the signature that all variants share."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from inferfleet.core.admission import Admission
 from inferfleet.core.batcher import Batcher
 from inferfleet.core.ledger import Ledger
 from inferfleet.errors import Code
 from inferfleet.ports import Clock
-from inferfleet.records import Chunk, Requests
+from inferfleet.records import Chunk, Failures, Requests
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.wire.decode import Decoded, Decoder
 from inferfleet.worker.delivery import Delivery
-from inferfleet.worker.failing import failures_of
+from inferfleet.worker.failing import failures_of, picked
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.recent import Recent, left_of
 from inferfleet.worker.retries import restore
+from inferfleet.worker.schedule import Schedule, Way
+
+
+class _Charge(NamedTuple):
+    """What an open chunk counts in flight, and how it was read."""
+
+    route: str
+    rows: int
+    size_bytes: int
+    ways: list[Way]
 
 
 class Reading:
@@ -37,58 +49,72 @@ class Reading:
         self._metrics = metrics
         self._clock = clock
         self.recent = Recent()
-        self._charged: dict[Chunk, tuple[RoutePlan, int, int]] = {}
-        """Of each open chunk: by which plan it was read, and what it counts in flight."""
+        self._charged: dict[Chunk, _Charge] = {}
         self._nobodys: dict[Chunk, list[int]] = {}
         """Rows of open chunks that were held back when their route went: they wait for the stream's end."""
 
-    def read(self, plan: RoutePlan | None, chunk: Chunk) -> None:
-        """Decode, steer and queue one chunk."""
+    def read(self, schedule: Schedule | None, chunk: Chunk) -> None:
+        """Decode, steer and queue one chunk, each record by the plan of its own time."""
         self._ledger.began(chunk)
-        if plan is None:  # records that nobody here can answer stay open: somebody else takes them
+        if schedule is None:  # records that nobody here can answer stay open: somebody else takes them
             return
         started = self._clock.monotonic()
-        if chunk.stream.source != plan.source:
+        if schedule.brings_retries(chunk.stream.source):
             restore(chunk)
-        elif plan.route.time == "received":
+        elif schedule.plan.route.time == "received":
             chunk.timestamps_ms = [self._clock.utc_ms()] * len(chunk)
-        decoded = plan.decoder.decode(chunk)
+        ways = schedule.ways(chunk.timestamps_ms)
+        read = list(_decoded(ways, chunk))
         rows = len(chunk)
-        for part in decoded.requests:
-            if part.row_counts is not None:
-                rows += part.total_rows - len(part)
-        self._charged[chunk] = (plan, rows, chunk.size_bytes)
-        self._admission.took(plan.name, rows, chunk.size_bytes)
-        for part in decoded.requests if chunk.amqp is None else self._to_run(plan, decoded.requests):
-            for variant, piece in plan.steer(part):
-                self._batcher.add(variant.lane(piece), piece, started)
-        if decoded.rejected is not None:
-            self._delivery.rejected(plan, decoded.rejected)
+        for _, decoded in read:
+            for part in decoded.requests:
+                if part.row_counts is not None:
+                    rows += part.total_rows - len(part)
+        self._charged[chunk] = _Charge(schedule.name, rows, chunk.size_bytes, ways)
+        self._admission.took(schedule.name, rows, chunk.size_bytes)
+        for plan, decoded in read:
+            for part in decoded.requests if chunk.amqp is None else self._to_run(plan, decoded.requests):
+                self._steer(plan, part, started)
+            if decoded.rejected is not None:
+                self._delivery.rejected(plan, decoded.rejected)
         self._metrics.stage("read", self._clock.monotonic() - started)
 
-    def again(self, plan: RoutePlan | None, part: Requests) -> None:
-        """Queue a request that was held back, by the route as it is now; without one it stays open."""
-        if plan is None:
-            self._nobodys.setdefault(part.chunk, []).extend(part.rows)
-            return
-        if plan.variant_of(part.served) is None:
-            found = self._reread(plan, part)
-            if found is None:
-                return
-            part = found
+    def _steer(self, plan: RoutePlan, part: Requests, since: float) -> None:
         for variant, piece in plan.steer(part):
-            self._batcher.add(variant.lane(piece), piece, self._clock.monotonic())
+            self._batcher.add(variant.lane(piece), piece, since)
 
-    def _reread(self, plan: RoutePlan, part: Requests) -> Requests | None:
-        """Read a request by another plan: its version may be gone, and the new one may want other inputs."""
-        chunk, row = part.chunk, part.rows[0]
-        decoded = plan.decoder.decode(chunk.alone(row))
+    def again(self, schedule: Schedule | None, parts: Collection[Requests]) -> None:
+        """Queue requests that were steered before, by the route as it is now; without one they stay open.
+
+        Whoever reads them as they were read need not read them again. Another plan has to: their version
+        may be gone, and the new one may want other inputs.
+        """
+        if schedule is None:
+            for part in parts:
+                self._nobodys.setdefault(part.chunk, []).extend(part.rows)
+            return
+        unread: dict[tuple[Chunk, RoutePlan], list[int]] = {}
+        for part in parts:
+            times_ms = [part.chunk.timestamps_ms[row] for row in part.rows]
+            for plan, indices in schedule.ways(times_ms):
+                piece = part if indices is None else part.pick(indices)
+                if plan.variant_of(piece.served) is not None or self._reads_alike(plan, piece.chunk):
+                    self._steer(plan, piece, self._clock.monotonic())
+                else:
+                    unread.setdefault((piece.chunk, plan), []).extend(piece.rows)
+        for (chunk, plan), rows in unread.items():
+            self._reread(plan, chunk, sorted(rows))
+
+    def _reads_alike(self, plan: RoutePlan, chunk: Chunk) -> bool:
+        charge = self._charged.get(chunk)
+        return charge is not None and all(way.plan.decoder is plan.decoder for way in charge.ways)
+
+    def _reread(self, plan: RoutePlan, chunk: Chunk, rows: list[int]) -> None:
+        decoded = _only(plan.decoder.decode(chunk), rows)
         if decoded.rejected is not None:
-            self._delivery.fail(plan, decoded.rejected._replace(chunk=chunk, rows=[row]))
-            return None
-        (found,) = decoded.requests
-        found.chunk, found.rows = chunk, [row]
-        return found
+            self._delivery.fail(plan, decoded.rejected)
+        for part in decoded.requests:
+            self._steer(plan, part, self._clock.monotonic())
 
     def _to_run(self, plan: RoutePlan, parts: Collection[Requests]) -> list[Requests]:
         """Return the requests of RabbitMQ messages that have to run, and end the others."""
@@ -139,8 +165,7 @@ class Reading:
         self._nobodys.pop(chunk, None)
         charge = self._charged.pop(chunk, None)
         if charge is not None:
-            plan, rows, size_bytes = charge
-            self._admission.freed(plan.name, rows, size_bytes)
+            self._admission.freed(charge.route, charge.rows, charge.size_bytes)
 
     def orphan(self, chunk: Chunk, dropped: Collection[Requests]) -> int:
         """A RabbitMQ channel is gone: remember which records of it still run here. Return how many.
@@ -149,13 +174,38 @@ class Reading:
         """
         if chunk not in self._charged:
             return 0
-        # By the plan that it was read by: another one might find other ids, and nobody would meet them again.
-        decoded = self._charged[chunk][0].decoder.decode(chunk)
+        # As it was read: another plan might find other ids, and nobody would meet them again.
         ids: dict[int, str | None] = {}
-        for part in decoded.requests:
-            ids.update(zip(part.rows, part.ids, strict=True))
-        if decoded.rejected is not None:
-            ids.update(zip(decoded.rejected.rows, decoded.rejected.ids, strict=True))
+        for _, decoded in _decoded(self._charged[chunk].ways, chunk):
+            for part in decoded.requests:
+                ids.update(zip(part.rows, part.ids, strict=True))
+            if decoded.rejected is not None:
+                ids.update(zip(decoded.rejected.rows, decoded.rejected.ids, strict=True))
         gone = [row for part in dropped if part.chunk is chunk for row in part.rows]
         gone += self._nobodys.get(chunk, ())
         return self.recent.orphaned(chunk, ids, gone)
+
+
+def _decoded(ways: Collection[Way], chunk: Chunk) -> Iterator[tuple[RoutePlan, Decoded]]:
+    """Yield what each plan reads of a chunk; what several of them read alike is read once."""
+    known: dict[Decoder, Decoded] = {}
+    for plan, rows in ways:
+        decoded = known.get(plan.decoder)
+        if decoded is None:
+            decoded = known[plan.decoder] = plan.decoder.decode(chunk)
+        yield plan, decoded if rows is None else _only(decoded, rows)
+
+
+def _only(decoded: Decoded, rows: Collection[int]) -> Decoded:
+    """Return what became of some rows of a chunk."""
+    wanted = frozenset(rows)
+    requests: list[Requests] = []
+    for part in decoded.requests:
+        kept = [index for index, row in enumerate(part.rows) if row in wanted]
+        if kept:
+            requests.append(part.pick(kept))
+    rejected: Failures | None = None
+    if decoded.rejected is not None:
+        kept = [index for index, row in enumerate(decoded.rejected.rows) if row in wanted]
+        rejected = picked(decoded.rejected, kept) if kept else None
+    return Decoded(requests, rejected)
