@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from inferfleet.control.following import refusal
 from inferfleet.control.step import AuditHead, step
 from inferfleet.core.revisions import Adoption, adoption
 from inferfleet.errors import ControlError, FencedError
@@ -223,22 +224,6 @@ class MemoryRouteFeed:
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
-
-
-def refusal(verdict: Adoption, own: Head, found: Head) -> str:
-    """Return in one line why a log is not adopted; empty where it is."""
-    if verdict is Adoption.OLDER:
-        held = f"revision {own.number}" + (f" of epoch {own.epoch}" if own.epoch != found.epoch else "")
-        offered = f"revision {found.number}" + (
-            f" of epoch {found.epoch}" if own.epoch != found.epoch else ""
-        )
-        return f"the store offers the older {offered} while {held} is held; only a reset goes back"
-    if verdict is Adoption.FORKED:
-        return (
-            f"the store's revision {found.number} does not continue revision {own.number} that is held; "
-            "only a reset goes on from here"
-        )
-    return ""
 
 
 class MemoryReporter:
