@@ -111,6 +111,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         202,
         body=m.RevertRequest,
     ),
+    Endpoint("POST", "/v1/reset", Role.ADMIN, Handlers.reset_routes, m.Applied, 202, body=m.ResetRequest),
     Endpoint("GET", "/v1/rollouts", Role.VIEWER, Handlers.list_rollouts, m.RolloutsPage, query=m.PageQuery),
     Endpoint(
         "POST", "/v1/rollouts", Role.DEPLOYER, Handlers.start_rollout, m.RolloutView, 201, m.RolloutRequest

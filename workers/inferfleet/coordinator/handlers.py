@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from inferfleet.coordinator import messages as m
+from inferfleet.coordinator.audit_tail import AuditTail
 from inferfleet.coordinator.refusals import RefusedError, not_found
 from inferfleet.coordinator.services import FleetService, ModelService, RolloutService, RouteService
 from inferfleet.coordinator.tokens import Caller
@@ -69,6 +70,7 @@ class Handlers:
         self._models = models
         self._pages = pages
         self._now_ms = now_ms
+        self._tail = AuditTail(fleet)
 
     # Routes
 
@@ -135,10 +137,19 @@ class Handlers:
         change = self._routes.reversal(name, asked.body.revision)
         return self._announce([change], asked.caller, asked.body.reason, "revert")
 
+    def reset_routes(self, asked: Asked) -> Reply:
+        """Start a new log that holds these routes alone, above everything that workers know."""
+        changes = self._routes.plan_reset({"route": asked.body.routes}, "routes").changes
+        _check_bounds(asked.caller, [each.name for each in changes])
+        reason = _plain(asked.body.reason)
+        done = self._routes.reset(changes, author=asked.caller.name, reason=reason)
+        return Reply(_applied(changes, [each.revision for each in done if each.revision], dry_run=False))
+
     def _conditional(self, change: RouteChange, asked: Asked, reason: str, action: str) -> Reply:
-        stale = RefusedError(412, "E_STALE", f"the last revision of route {change.name} is {change.number}")
-        if not _matches(asked.if_match or "", change.number):
-            raise stale
+        exists = change.before is not None or change.pending is not None
+        if not _matches(asked.if_match or "", change.number if exists else 0):
+            said = f"is at revision {change.number}" if exists else "does not exist"
+            raise RefusedError(412, "E_STALE", f"route {change.name} {said}")
         try:
             return self._announce([change], asked.caller, reason, action)
         except ConflictError:
@@ -224,7 +235,8 @@ class Handlers:
     def list_audit(self, asked: Asked) -> Reply:
         """List who changed what, in order."""
         query: m.AuditQuery = asked.query
-        found = self._fleet.audit(after=query.after, limit=query.limit + 1)
+        first = max(0, self._tail.last() - query.limit) if query.newest else query.after
+        found = self._fleet.audit(after=first, limit=query.limit + 1)
         shown = [
             m.AuditView.of(entry, hashlib.sha256(body).hexdigest()) for entry, body in found[: query.limit]
         ]

@@ -111,6 +111,13 @@ class ApplyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Reason = ""
 
 
+class ResetRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """All routes that there are to be afterwards."""
+
+    routes: Annotated[list[PlainRoute], Meta(min_length=1, max_length=1_000)]
+    reason: Reason = ""
+
+
 class RouteChange(msgspec.Struct, frozen=True, kw_only=True):
     """What an apply does to one route; ``before`` is ``null`` for a new one, ``after`` for one taken away."""
 
@@ -194,8 +201,8 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
         waits = [f"{each.kind}: {each.reason}" for each in rollout.holds]
         if rollout.paused is not None:
             waits.append(f"paused by {rollout.paused.actor or 'the coordinator'}: {rollout.paused.reason}")
-        copied = ("id", "route", "kind", "model", "from_version", "to_version", "phase", "step", "percent")
-        copied += ("next_percent", "begun_ms", "since_ms", "actor", "reason", "ended", "outcome")
+        made = {"version", "waits_for", "approvals", "history", "policy", "evidence"}
+        copied = [key for key in cls.__struct_fields__ if key not in made]
         return cls(
             version=version,
             waits_for=waits,
@@ -288,10 +295,11 @@ class RevisionsQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class AuditQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Which part of the audit log."""
+    """Which part of the audit log; ``newest`` leaves ``after`` out of account and asks for its end."""
 
     after: Number = 0
     limit: PageSize = 100
+    newest: bool = False
 
 
 class ApplyQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -66,12 +66,14 @@ def refusal_of(error: Exception) -> RefusedError:
         case ConflictError():
             return RefusedError(409, "E_CONFLICT", _one_line(error), retryable=True)
         case LogLostError():
-            return RefusedError(409, "E_LOG_LOST", _one_line(error))
+            text = "the store has lost revisions that workers hold; POST /v1/reset starts a new log"
+            return RefusedError(409, "E_LOG_LOST", text)
         case ModelRepositoryError():
-            # Its text may name folders.
-            return RefusedError(
-                400, "E_MODEL_UNKNOWN", "the model version cannot be read; `model check` says why"
-            )
+            text = _one_line(error)
+            # Its text may name folders of this machine.
+            if "/" in text:
+                text = "a model version cannot be read; `inferfleet model check` says why"
+            return RefusedError(400, "E_MODEL_UNKNOWN", text)
         case ControlError():
             text = "the control plane's Redis does not answer"
             return RefusedError(503, "E_CONTROL", text, retryable=True, headers={"retry-after": "2"})

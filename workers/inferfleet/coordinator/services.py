@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from inferfleet.coordinator.announcing import Applied, Plan
 from inferfleet.coordinator.messages import ModelView, RolloutRequest, RolloutView
 from inferfleet.core.planning import RouteChange
 from inferfleet.plane import AuditEntry, Lease, WorkerReport
@@ -40,6 +41,12 @@ class RouteService(Protocol):
 
         Raises ConflictError where a route has another last revision than the one a change names.
         """
+
+    def plan_reset(self, tree: Mapping[str, Any], origin: str) -> Plan:
+        """Return what starting a new log with the routes of a document would change; all others go."""
+
+    def reset(self, changes: Sequence[RouteChange], *, author: str, reason: str) -> Sequence[Applied]:
+        """Start a new log, above every number that the store and the workers know."""
 
 
 class RolloutService(Protocol):
