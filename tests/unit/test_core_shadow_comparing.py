@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from inferfleet.core.comparing import MAX_EXAMPLES, MAX_LABELS, Comparer, kind_of, merge, token_f1
+from inferfleet.core.shadow_comparing import MAX_EXAMPLES, MAX_LABELS, Comparer, kind_of, merge, token_f1
 from inferfleet.core.shadow_verdict import figures, kappa, mcnemar, reference_spread, verdict
 from inferfleet.records import Array, TensorSpec
 from inferfleet.summaries import Comparison
