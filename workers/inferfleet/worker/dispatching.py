@@ -59,8 +59,8 @@ class Dispatching:
 
     @property
     def running(self) -> bool:
-        """Whether any engine has a batch."""
-        return any(engine.in_flight for engine in self._engines)
+        """Whether any engine has a batch that requests wait for."""
+        return any(engine.in_flight > engine.aside for engine in self._engines)
 
     @property
     def full(self) -> bool:
@@ -107,6 +107,7 @@ class Dispatching:
 
     def _submit(self, engine: Engine, batch: Batch) -> None:
         self._running[id(batch)] = batch
+        engine.used_at = self._clock.monotonic()
         engine.submit(batch)
 
     def finished(self, item: Finished) -> BatchResult:

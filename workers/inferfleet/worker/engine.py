@@ -64,6 +64,10 @@ class Engine:
         self.version = version
         self.signature: Signature | None = None
         self.in_flight = 0
+        self.used_at = 0.0
+        """When it was last given a batch, monotonic seconds."""
+        self.aside = 0
+        """Batches among them that no request waits for: those of shadows."""
         self._load = load
         self._news = news
         self._clock = clock

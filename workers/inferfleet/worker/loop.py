@@ -34,6 +34,7 @@ from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.reading import Reading
 from inferfleet.worker.schedule import Schedule
+from inferfleet.worker.shadowing import Shadowing
 from inferfleet.worker.steered import Steered
 
 log = structlog.get_logger(__name__)
@@ -89,6 +90,7 @@ class WorkerLoop:
         self._reading = Reading(self.ledger, self.batcher, self.admission, delivery, metrics, clock)
         self._gauges = Gauges(self.ledger, self.batcher, self.admission, metrics)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
+        self.shadowing = Shadowing(self.engines, careful, metrics, clock)
         self.observing: Observing | None = None
         self.loaded: list[Loaded] = []
         self.held: dict[str, str] = {}
@@ -172,6 +174,8 @@ class WorkerLoop:
         if chunks:
             self.engines.run()
             return True
+        if self.shadowing.ready and not self.engines.running and not self.batcher.rows:
+            self.shadowing.run()
         if engines_run or not may_take:
             self._listen(wait_s)
         return False
@@ -192,7 +196,8 @@ class WorkerLoop:
             item = self._news.get(timeout=wait_s) if wait_s > 0 else self._news.get_nowait()
             while True:
                 if isinstance(item, Finished):
-                    self._finished(self.engines.finished(item))
+                    if not self.shadowing.finished(item):
+                        self._finished(self.engines.finished(item))
                 elif isinstance(item, Loaded):
                     self.loaded.append(item)
                 item = self._news.get_nowait()
@@ -212,6 +217,8 @@ class WorkerLoop:
             plan, variant = self._steered.of(answer.part)
             failed = self._delivery.answer(plan, variant, answer)
             failures += failed
+            if plan.shadows:
+                self.shadowing.offer(plan, variant, answer, failed)
             if answer.part.chunk.origins is None:
                 answered[plan.name] = answered.get(plan.name, 0) + len(answer.part) - len(failed)
         if self.observing is not None:
@@ -312,7 +319,9 @@ class WorkerLoop:
             return min(max_wait_s, FULL_WAIT_S)
         if self.engines.running or self._outlet.pending():
             return min(max_wait_s, BUSY_WAIT_S)
-        wait_s = max_wait_s
+        if self.shadowing.ready and not self.batcher.rows:
+            return 0.0
+        wait_s = min(max_wait_s, BUSY_WAIT_S) if self.shadowing.busy(now) else max_wait_s
         if self._results is not None and self._results.pending():
             wait_s = min(wait_s, BUSY_WAIT_S)
         wait_s = min(wait_s, self.engines.next_due_s(now))
@@ -402,6 +411,7 @@ class WorkerLoop:
     def drain(self, timeout_s: float) -> int:
         """Take nothing more, finish what was taken within ``timeout_s``; return how many stay open."""
         self._draining = True
+        self.shadowing.close()
         until = self._clock.monotonic() + timeout_s
         # What a destination refused has this last chance: its pause may be longer than the drain.
         self._delivery.retry_parked(self._clock.monotonic(), force=True)
@@ -424,5 +434,6 @@ class WorkerLoop:
         """Refresh the metrics that are read off, not counted."""
         routes = {each.name: each for each in self._schedules.values()}
         self._gauges.refresh(routes.values(), self.lag(), self._clock.utc_ms())
+        self.shadowing.gauges()
         if self.batcher.lanes > 256:
             self.batcher.tidy()

@@ -95,6 +95,8 @@ class Observing:
         for plan in plans:
             for variant in plan.variants:
                 self.window(variant.served).crash = True
+            for shadow in plan.shadows:
+                self.window(shadow.served, "shadow").crash = True
         self.close()
 
     def window(self, served: Served, role: str = "primary") -> Window:
@@ -167,6 +169,8 @@ class Observing:
             if outcome in _OURS:
                 first, _ = window.bad_ms or (now_ms, now_ms)
                 window.bad_ms = (first, now_ms)
+            if served.fallback:
+                window.fallbacks += count
         self._spans.setdefault(key, []).append(seconds)
         self._waiting += len(seconds)
         if self._waiting >= FOLD_AT:

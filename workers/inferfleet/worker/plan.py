@@ -19,6 +19,7 @@ from inferfleet.wire.decode import Decoder
 from inferfleet.wire.encode import AnswerWriter, served_header
 from inferfleet.wire.request import Limits
 from inferfleet.worker.engine import Engine
+from inferfleet.worker.shadow_plan import shadow_plans
 
 
 class Reads(NamedTuple):
@@ -165,11 +166,13 @@ class RoutePlan:
         )
         self._steering = Steering.over(route.salt, [variant.ranges for variant in route.variants])
         self._split_by = route.split_by
+        signature = self._signature()
+        self.shadows = shadow_plans(route, revision, engines, limits, config, signature)
         self.decoder = (decoders or Decoders()).of(
             Reads(
                 route.model,
                 frozenset(variant.version for variant in route.variants),
-                self._signature(),
+                signature,
                 Limits(config.limits.max_request_bytes, max_rows, self.nan_allowed),
                 route.input == "columns",
                 route.deadline_ms,
