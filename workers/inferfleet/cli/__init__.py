@@ -11,6 +11,10 @@ from inferfleet.cli.frame import LazyGroup, Session
 
 _VERBS = {
     "worker": ("inferfleet.cli.worker:worker", "Run one worker until SIGTERM."),
+    "coordinator": (
+        "inferfleet.cli.coordinator:coordinator",
+        "Run one coordinator: API, dashboard, rollouts.",
+    ),
     "submit": ("inferfleet.cli.submit:submit", "Send requests to a route."),
     "result": ("inferfleet.cli.submit:result", "Read results from Redis."),
     "route": ("inferfleet.cli.route:route", "Which versions answer which topic."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from inferfleet.errors import ConfigError, InferfleetError
+from inferfleet.errors import InferfleetError
 
 if TYPE_CHECKING:
     from inferfleet.config import Config
@@ -44,15 +44,23 @@ class Session:
 
     @cached_property
     def routes(self) -> RouteTable:
-        """The routes of the routes file; raises ConfigError."""
-        from inferfleet.config import check_supported
-        from inferfleet.routes import load_routes
+        """The routes of the routes file, or those that the control plane has applied last.
 
+        Raises ConfigError, and ControlError where the control plane does not answer.
+        """
         path = self.config.routes_path
         if path is None:
-            check_supported(self.config)
-            raise ConfigError('[routes] source = "fleet" has no file')
+            from inferfleet.route_reader import read_routes
+
+            return read_routes(self.config)
+        from inferfleet.routes import load_routes
+
         return load_routes(path, self.config.fleet.name)
+
+    @property
+    def routes_origin(self) -> str:
+        """Where the routes come from, for messages."""
+        return str(self.config.routes_path or "the control plane")
 
 
 pass_session = click.make_pass_decorator(Session)
@@ -73,7 +81,8 @@ def with_common_options(command: click.Command) -> click.Command:
     if isinstance(command, click.Group):
         for each in command.commands.values():
             with_common_options(each)
-        return command
+        if not command.invoke_without_command:
+            return command
     taken = {option for parameter in command.params for option in parameter.opts}
     common: list[click.Parameter] = [
         click.Option(

@@ -24,6 +24,7 @@ LEASE_S = 6.0
 TICK_S = 0.5
 STEP_BACK_S = 10.0
 """How long a fenced replica leaves the lease to others."""
+NOT_ASKED = "the control plane's Redis was not asked yet"
 
 
 class LeaderMetrics(Protocol):
@@ -43,7 +44,7 @@ class Standing(NamedTuple):
     """How a replica stands: the lease if it leads, and what keeps the store from answering, if anything."""
 
     lease: Lease | None = None
-    trouble: str = "the control plane's Redis was not asked yet"
+    trouble: str = NOT_ASKED
 
 
 class Leadership:
@@ -150,13 +151,13 @@ class Leadership:
         log.warning("leading_ends", holder=self._holder, reason=why, pause_s=pause_s)
 
     def _away(self, error: ControlError) -> None:
-        if not self._standing.trouble:
+        if self._standing.trouble in ("", NOT_ASKED):
             log.warning("control_store_away", error=str(error))
         self._standing = Standing(self._standing.lease, str(error))
         self._metrics.store(False)
 
     def _answered(self) -> None:
-        if self._standing.trouble:
+        if self._standing.trouble not in ("", NOT_ASKED):
             log.info("control_store_answers")
         self._standing = Standing(self._standing.lease, "")
         self._metrics.store(True)

@@ -66,6 +66,7 @@ def run(replica: Replica) -> None:
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -1,0 +1,203 @@
+"""``inferfleet coordinator``: the place where a coordinator's adapters are chosen and joined."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from inferfleet import __version__
+from inferfleet.cli.frame import Session, pass_session
+from inferfleet.config import Config
+from inferfleet.errors import ConfigError, ModelRepositoryError
+
+if TYPE_CHECKING:
+    from inferfleet.catalogue import VersionFacts
+    from inferfleet.control_ports import ControlStore
+    from inferfleet.coordinator.messages import ModelView, VersionView
+    from inferfleet.coordinator.process import Replica
+    from inferfleet.models.repository import Repository
+
+STORE_S = 2.0
+"""How long the control plane's Redis may take for one answer: less than a third of the lease."""
+DAY_S = 86_400
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def coordinator(context: click.Context) -> None:
+    """Run one coordinator replica until SIGTERM: API, dashboard, rollouts.
+
+    Any number of replicas may run; one of them leads and steps rollouts.
+
+    \b
+    Example:
+      inferfleet coordinator
+      inferfleet coordinator token alice --role deployer --expires 90
+    """
+    if context.invoked_subcommand is None:
+        session = context.find_object(Session)
+        if session is None:
+            raise ConfigError("the coordinator was called without its settings")
+        _run(session.config)
+
+
+@coordinator.command()
+@click.argument("name")
+@click.option(
+    "--role", required=True, help="viewer, operator, deployer or admin; each may do what those before may."
+)
+@click.option(
+    "--expires",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="DAYS",
+    help="After how many days it ends.",
+)
+@click.option("--routes", metavar="A,B", help="The only routes that it may change; reading is not limited.")
+@pass_session
+def token(session: Session, name: str, role: str, expires: float | None, routes: str | None) -> None:
+    """Make a token, print it once, and add its hash to the token file.
+
+    Running coordinators on this file know it at once. To take a token away, delete its line.
+
+    \b
+    Example:
+      inferfleet coordinator token alice --role deployer --expires 90 --routes digits
+    """
+    from inferfleet.coordinator.tokens import Caller, append_line, new_token, parse_role, token_line
+
+    config = session.config
+    if not config.coordinator.token_file:
+        raise ConfigError(f'{config.path}: [coordinator] token_file names no file, such as "tokens"')
+    scope = None if routes is None else frozenset(routes.split(","))
+    made = new_token()
+    until = None if expires is None else time.time() + expires * DAY_S
+    line = token_line(made, Caller(name, parse_role(role), scope), until)
+    append_line(config.base / config.coordinator.token_file, line)
+    click.echo(made)
+
+
+def _run(config: Config) -> None:
+    from inferfleet.coordinator.process import run
+    from inferfleet.telemetry.logs import configure
+
+    configure(config.log.format, config.log.level, secrets=config.secrets)
+    store = _store(config)
+    try:
+        run(_replica(config, store))
+    finally:
+        store.close()
+
+
+def holder_name() -> str:
+    """Return a name that no other replica has, not even this one after a restart."""
+    host = re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")[:40] or "coordinator"
+    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _store(config: Config) -> ControlStore:
+    from inferfleet.control.store import RedisControlStore
+    from inferfleet.redis_access import control_place_of, open_redis
+
+    place = replace(control_place_of(config), client_name="coordinator", timeout_s=STORE_S)
+    return RedisControlStore(
+        lambda: open_redis(place),
+        config.fleet.name,
+        address=place.shown,
+        utc_ms=lambda: time.time_ns() // 1_000_000,
+        horizon_ms=config.routing.horizon_s * 1000,
+    )
+
+
+def _replica(config: Config, store: ControlStore) -> Replica:
+    """Return the parts of this replica; its two addresses are bound."""
+    from inferfleet.coordinator.announcing import Timing
+    from inferfleet.coordinator.app import Application
+    from inferfleet.coordinator.exposure import expose
+    from inferfleet.coordinator.gate import Gate
+    from inferfleet.coordinator.handlers import Handlers
+    from inferfleet.coordinator.leader import Leadership
+    from inferfleet.coordinator.no_rollouts import FinishRoutes, NoRollouts
+    from inferfleet.coordinator.pages import pages
+    from inferfleet.coordinator.process import Replica, health_of
+    from inferfleet.coordinator.routes import RouteControl
+    from inferfleet.models.repository import Repository
+    from inferfleet.telemetry.admin import AdminServer
+    from inferfleet.telemetry.coordinator import CoordinatorMetrics
+    from inferfleet.worker.clock import SystemClock
+
+    clock = SystemClock()
+    metrics = CoordinatorMetrics(__version__)
+    repository = Repository(config.models_path, config.models.trusted)
+    timing = Timing(config.routing.lead_ms, config.routing.barrier_s)
+    routes = RouteControl(store, clock, RepositoryCatalogue(repository), config.fleet.name, timing)
+    leadership = Leadership(store, holder_name(), clock, metrics, FinishRoutes(routes))
+    handlers = Handlers(routes, NoRollouts(), store, RepositoryView(repository), pages(), clock.utc_ms)
+    exposure = expose(config.coordinator, config.base, time.time)
+    admin = AdminServer(
+        config.coordinator.admin_address,
+        metrics.registry,
+        lambda: health_of(leadership),
+        key="[coordinator] admin_address",
+    )
+    gate = Gate(exposure.tokens, exposure.hosts, clock.monotonic)
+    return Replica(Application(gate, handlers, metrics), leadership, exposure, admin)
+
+
+class RepositoryCatalogue:
+    """Implements :class:`~inferfleet.catalogue.Catalogue` over a model repository."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def latest(self, model: str) -> str:
+        """Return the highest version."""
+        versions = self._repository.versions(model)
+        if not versions:
+            raise ModelRepositoryError(f"model {model} has no version")
+        return versions[-1]
+
+    def version(self, model: str, version: str) -> VersionFacts:
+        """Return what a version is."""
+        from inferfleet.catalogue import VersionFacts
+
+        found = self._repository.look(model, version)
+        return VersionFacts(model, version, found.digest, found.signature)
+
+
+class RepositoryView:
+    """What the API tells of a model repository: every version, and what keeps it from being served."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def models(self) -> Sequence[ModelView]:
+        """Return all models; no model file is read."""
+        from inferfleet.coordinator.messages import ModelView
+
+        names = self._repository.models()
+        return [
+            ModelView(
+                name=name,
+                versions=[self._version(name, each) for each in self._repository.versions(name)],
+            )
+            for name in names
+        ]
+
+    def _version(self, name: str, version: str) -> VersionView:
+        from inferfleet.coordinator.messages import VersionView
+
+        try:
+            found = self._repository.look(name, version)
+        except ModelRepositoryError:
+            return VersionView(version=version, problem="cannot be read; `inferfleet model check` says why")
+        return VersionView(
+            version=version, runtime=found.runtime, digest=found.digest, size_bytes=found.size_bytes
+        )
