@@ -138,7 +138,7 @@ class Worker:
             LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
         )
         if adapters.reporter is not None:
-            self.loop.observing = Observing(
+            self.loop.observing = self.loop.shadowing.observing = Observing(
                 config.worker_id,
                 adapters.reporter,
                 adapters.clock,
