@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferfleet.feedback import Answered, Label, Sought
+from inferfleet.feedback import FIRST, Answered, Label, Sought
 from inferfleet.routes import Destination
 from inferfleet.wire.feedback import AnswerReader, classes_of, read_label
 
@@ -110,3 +110,4 @@ def test_classes_are_cut_by_rows() -> None:
     assert classes_of(msgspec.json.encode(odd), "p") is None
     assert classes_of(msgspec.json.encode(text), "p") is None
     assert classes_of(ANSWER, "other") is None
+    assert classes_of(ANSWER, FIRST) == (1, 0)

@@ -10,6 +10,9 @@ from inferfleet.routes import Destination
 ACCURACY = "accuracy"
 """The metric that is computed here: whether the label is the class that the answer gave most weight."""
 
+FIRST = "*"
+"""Asks for the classes of an answer's first output, whatever its name."""
+
 
 class Answered(NamedTuple):
     """One request that a version has answered, as its outcome says.

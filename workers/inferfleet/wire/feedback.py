@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from inferfleet.feedback import Answered, Label, Sought
+from inferfleet.feedback import FIRST, Answered, Label, Sought
 from inferfleet.records import Headers
 from inferfleet.wire import headers as names
 
@@ -104,7 +104,7 @@ def classes_of(body: bytes, output: str) -> tuple[int, ...] | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     for each in found.outputs:
-        if each.name == output and each.shape and 0 < each.shape[0] <= MAX_ROWS:
+        if output in (each.name, FIRST) and each.shape and 0 < each.shape[0] <= MAX_ROWS:
             rows = each.shape[0]
             width = len(each.data) // rows
             if width < 1 or width * rows != len(each.data):
