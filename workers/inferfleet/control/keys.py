@@ -161,22 +161,30 @@ end
 if #KEYS == 3 or redis.call('GET', sent) == id then
   return 0
 end
-redis.call('SET', sent, id, 'PX', kept)
-local at = 8
+local at, lost, refused = 8, 0, nil
 for i = 4, #KEYS do
   local words = {}
   for n = 1, tonumber(ARGV[at]) do
     words[2 * n - 1], words[2 * n] = n, ARGV[at + n]
   end
-  redis.call('XADD', KEYS[i], 'MAXLEN', '~', most, '*', unpack(words))
-  redis.call('PEXPIRE', KEYS[i], kept)
+  local added = redis.pcall('XADD', KEYS[i], 'MAXLEN', '~', most, '*', unpack(words))
+  if type(added) == 'table' and added.err then
+    lost, refused = lost + #words / 2, added
+  else
+    redis.call('PEXPIRE', KEYS[i], kept)
+  end
   at = at + tonumber(ARGV[at]) + 1
 end
-return 1
+if lost > 0 and lost == #ARGV - 7 - (#KEYS - 3) then
+  return refused
+end
+redis.call('SET', sent, id, 'PX', kept)
+return lost
 """
 )
 """KEYS: the worker's report, the index of workers, what the worker sent last, then streams of summaries.
 ARGV: the worker's name in the index, its report (empty: none), its TTL in ms, the id of these summaries, the
 bound of a stream, its TTL in ms, how many seconds the index keeps a silent worker, then for each stream how
-many summaries, and those. Summaries that came already, by their id, are not added again.
+many summaries, and those. Summaries that came already, by their id, are not added again. Returns how many
+a stream refused while others took theirs; where all are refused, the error.
 """

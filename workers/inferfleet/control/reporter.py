@@ -145,7 +145,7 @@ class RedisReporter:
                 self._report = None
         while self._sending is not None or self._waiting:
             self._sending = self._sending or self._next()
-            self._call(b"", *self._sending)
+            self._dropped += self._call(b"", *self._sending)
             self._sending = None
 
     def _next(self) -> tuple[str, list[tuple[str, bytes]]]:
@@ -157,12 +157,13 @@ class RedisReporter:
         self._dropped += count - len(found)
         return f"{self._life}-{next(self._groups)}", found
 
-    def _call(self, report: bytes, group: str, windows: Sequence[tuple[str, bytes]]) -> None:
+    def _call(self, report: bytes, group: str, windows: Sequence[tuple[str, bytes]]) -> int:
+        """Run the script; return how many summaries the server did not take and never will."""
         by_route: dict[str, list[bytes]] = {}
         for route, body in windows:
             by_route.setdefault(route, []).append(body)
         keys, member = self._keys, self._member
-        self._link.script(
+        refused: int = self._link.script(
             REPORT,
             [keys.worker(member), keys.index, keys.sent(member), *map(keys.reports, by_route)],
             [
@@ -176,6 +177,7 @@ class RedisReporter:
                 *(word for bodies in by_route.values() for word in (len(bodies), *bodies)),
             ],
         )
+        return refused
 
 
 def _encoded(said: WorkerReport | Window) -> bytes | None:

@@ -27,7 +27,7 @@ from inferfleet.control.logbook import (
     split_bodies,
 )
 from inferfleet.control.step import AuditHead, Step, step
-from inferfleet.errors import ConflictError, ControlError, FencedError, LogLostError
+from inferfleet.errors import ConfigError, ConflictError, ControlError, FencedError, LogLostError
 from inferfleet.plane import AuditEntry, Change, Lease, Stored, WorkerReport, seal
 from inferfleet.revisions import Head, Revision, RouteLog
 from inferfleet.summaries import Window, decode_window
@@ -151,7 +151,13 @@ class RedisControlStore:
         keys = self._keys
         names = sorted({*change.expected, *(each.name for each in change.drafts)})
         standing = self._fields(keys.routes, names)
-        kept = {name: self._revisions(value) for name, value in standing.items()}
+        kept: dict[str, tuple[Revision, ...]] = {}
+        for name, value in standing.items():
+            try:
+                kept[name] = self._revisions(value)
+            except ConfigError:
+                if not change.reset:  # which takes the place of what nobody understands
+                    raise
         documents = {
             name: _stored(value) for name, value in self._fields(keys.rollouts, change.documents).items()
         }

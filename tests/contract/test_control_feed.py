@@ -1,0 +1,526 @@
+"""One suite for what workers follow and report, in memory and in Redis; then what only Redis can do."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from inferfleet.control.feed import FeedOptions, RedisRouteFeed
+from inferfleet.control.memory import MemoryControlStore, MemoryReporter, MemoryRouteFeed
+from inferfleet.control.reporter import RedisReporter, ReporterOptions
+from inferfleet.control.store import RedisControlStore
+from inferfleet.control_ports import ControlStore, RouteFeed
+from inferfleet.errors import ConfigError, ControlError
+from inferfleet.plane import WorkerReport
+from inferfleet.redis_access import Place, open_redis
+from inferfleet.revisions import EMPTY_LOG, Head
+from inferfleet.testing.clock import FakeClock
+from tests.support.control import change, draft, window
+from tests.support.process import free_ports
+from tests.support.redis_cluster import RedisCluster
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import wait_until
+
+PATIENCE_S = 10.0
+QUICK = FeedOptions(
+    block_s=0.05, backoff_first_s=0.02, backoff_max_s=0.05, start_s=5.0, copy_start_s=0.2, close_s=2.0
+)
+
+
+class Bench:
+    """A fleet's store, feeds that follow it, and what an operator may do to the store."""
+
+    def __init__(self, where: Place | None, folder: Path) -> None:
+        self.fleet = f"test-{secrets.token_hex(4)}"
+        self.copy = folder / "state" / f"{self.fleet}.default.routes.json"
+        self.clock = FakeClock()
+        self.woken = threading.Event()
+        self._where = where
+        self._memory = MemoryControlStore(self.clock)
+        self._feeds: list[RouteFeed] = []
+        self.store: ControlStore = (
+            self._memory
+            if where is None
+            else RedisControlStore(
+                lambda: open_redis(where), self.fleet, address=where.shown, utc_ms=self.clock.utc_ms
+            )
+        )
+
+    def feed(self, options: FeedOptions = QUICK, copy: bool = False) -> RouteFeed:
+        """Return a worker's feed that has started."""
+        where = self._where
+        if where is None:
+            return MemoryRouteFeed(self._memory)
+        made = RedisRouteFeed(
+            lambda: open_redis(where),
+            self.fleet,
+            address=where.shown,
+            copy=self.copy if copy else None,
+            wake=self.woken.set,
+            options=options,
+            utc_ms=self.clock.utc_ms,
+        )
+        self._feeds.append(made)
+        made.start()
+        return made
+
+    def backup(self) -> Callable[[], None]:
+        """Return what makes the store again what it is now."""
+        if self._where is None:
+            log = self._memory.copy()
+            return lambda: self._memory.restore(log)
+        with open_redis(self._where) as client:
+            names = [f"{{{self.fleet}}}:{name}" for name in ("head", "routes", "revisions", "audit")]
+            copies = {name: client.dump(name) for name in names}
+
+        def restore() -> None:
+            with open_redis(self._where) as client:
+                client.delete(*names)
+                for name, copy in copies.items():
+                    if copy is not None:
+                        client.restore(name, 0, copy)
+
+        return restore
+
+    def close(self) -> None:
+        for each in self._feeds:
+            each.close()
+        self.store.close()
+
+
+def number(feed: RouteFeed) -> int:
+    return feed.log().head.number
+
+
+def follows(feed: RouteFeed, wanted: int) -> None:
+    wait_until(lambda: number(feed) == wanted, PATIENCE_S, f"revision {wanted} is followed")
+
+
+KINDS = [
+    "memory",
+    pytest.param("redis", marks=pytest.mark.service),
+    pytest.param("cluster", marks=pytest.mark.service),
+]
+
+
+@pytest.fixture(params=KINDS)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    """Each kind of feed in turn."""
+    where = None
+    if request.param == "redis":
+        where = Place(request.getfixturevalue("redis_server").url)
+    elif request.param == "cluster":
+        cluster: RedisCluster = request.getfixturevalue("redis_cluster")
+        where = Place(mode="cluster", nodes=cluster.addresses)
+    made = Bench(where, tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_fleet_without_routes_is_an_empty_log(bench: Bench) -> None:
+    """A worker may start before the first apply; it hears of it."""
+    feed = bench.feed()
+    assert feed.log() == EMPTY_LOG
+    assert feed.stale == ""
+    bench.store.commit(change(draft()))
+    follows(feed, 1)
+
+
+def test_a_feed_holds_what_the_store_holds(bench: Bench) -> None:
+    """Appended one by one or read as a whole, the log is the same, announcements and removals too."""
+    bench.store.commit(change(draft("a"), draft("b")))
+    early = bench.feed()
+    now = bench.clock.utc_ms()
+    for drafts in (
+        (draft("a", "2", effective_from_ms=None),),
+        (draft("a", "2", effective_from_ms=now + 2_000), draft("c", "1", effective_from_ms=now)),
+        (draft("b", None, effective_from_ms=now),),
+        (draft("a", "1", effective_from_ms=now - 5_000),),
+    ):
+        bench.store.commit(change(*drafts))
+    follows(early, 7)
+    late = bench.feed()
+    assert early.log() == late.log() == bench.store.load()
+
+
+def test_an_older_log_is_not_adopted(bench: Bench) -> None:
+    """A store that was restored from a copy: the newer log stays, and it is said; a reset is followed."""
+    bench.store.commit(change(draft(version="1")))
+    restore = bench.backup()
+    bench.store.commit(change(draft(version="2")))
+    feed = bench.feed()
+    held = feed.log()
+    assert held.head.number == 2
+    restore()
+    wanted = "the store offers the older revision 1 while revision 2 is held; only a reset goes back"
+    wait_until(lambda: (feed.log(), feed.stale)[1] == wanted, PATIENCE_S, "the feed says so")
+    assert feed.log() == held
+    (done,) = bench.store.commit(change(draft(version="3"), reset=True, above=2))
+    follows(feed, 3)
+    assert feed.log().kept == {"digits": (done,)}
+    assert feed.stale == ""
+
+
+def test_a_forked_log_is_not_adopted(bench: Bench) -> None:
+    """The restored store went on with other revisions: equal and higher numbers, and not our log."""
+    bench.store.commit(change(draft(version="1")))
+    restore = bench.backup()
+    bench.store.commit(change(draft(version="2")))
+    feed = bench.feed()
+    held = feed.log()
+    restore()
+    bench.store.commit(change(draft(version="3")))
+    wait_until(lambda: (feed.log(), feed.stale)[1], PATIENCE_S, "the feed says so")
+    bench.store.commit(change(draft(version="4")))
+    wanted = "the store's revision 3 does not continue revision 2 that is held"
+    wait_until(lambda: wanted in (feed.log(), feed.stale)[1], PATIENCE_S, "the feed says so")
+    assert feed.log() == held
+
+
+def test_a_flushed_store_is_an_older_one(bench: Bench) -> None:
+    """All is gone: the worker keeps its routes and goes on."""
+    restore = bench.backup()
+    bench.store.commit(change(draft()))
+    feed = bench.feed()
+    follows(feed, 1)
+    restore()
+    wait_until(lambda: "older revision 0" in (feed.log(), feed.stale)[1], PATIENCE_S, "the feed says so")
+    assert number(feed) == 1
+
+
+# Redis alone
+
+
+@pytest.fixture
+def redis_bench(redis_server: RedisServer, tmp_path: Path) -> Iterator[Bench]:
+    """A fleet in one Redis."""
+    made = Bench(Place(redis_server.url), tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.service
+def test_the_loop_is_woken_by_news_and_by_nothing_else(redis_bench: Bench) -> None:
+    """A revision is there when it wakes; a quiet log wakes nobody."""
+    feed = redis_bench.feed()
+    redis_bench.woken.clear()
+    redis_bench.store.commit(change(draft()))
+    assert redis_bench.woken.wait(PATIENCE_S)
+    assert number(feed) == 1
+    redis_bench.woken.clear()
+    assert not redis_bench.woken.wait(0.3)
+
+
+@pytest.mark.service
+def test_a_log_that_was_trimmed_is_read_anew(redis_server: RedisServer, redis_bench: Bench) -> None:
+    """The entries between are gone, so the whole is taken; nothing is missing in it."""
+    redis_bench.store.commit(change(draft("a")))
+    feed = redis_bench.feed()
+    with redis_server.client() as client, client.pipeline() as at_once:
+        at_once.execute_command("CLIENT", "PAUSE", 300, "ALL")
+        at_once.execute()
+    for version in ("2", "3", "4"):
+        redis_bench.store.commit(change(draft("b", version)))
+    with redis_server.client() as client:
+        client.xtrim(f"{{{redis_bench.fleet}}}:revisions", maxlen=1, approximate=False)
+    redis_bench.store.commit(change(draft("c")))
+    follows(feed, 5)
+    assert feed.log() == redis_bench.store.load()
+
+
+@pytest.mark.service
+def test_a_revision_that_cannot_be_understood_is_told_once_and_holds_up_no_other_route(
+    redis_server: RedisServer, redis_bench: Bench
+) -> None:
+    """A newer release wrote a route that this one does not know: it stays as it was, the others go on."""
+    store, fleet = redis_bench.store, redis_bench.fleet
+    store.commit(change(draft("a"), draft("b")))
+    feed = redis_bench.feed()
+    was = feed.log().kept["a"]
+    with redis_server.client() as client:
+        unknown = _from_a_newer_release(client, fleet)
+    assert unknown == 3
+    with pytest.raises(ConfigError, match='route a: revision 3: route "a" has no key "fancy"'):
+        wait_until(lambda: number(feed) == 3, PATIENCE_S, "it is told")
+    follows(feed, 3)
+    assert feed.log().kept["a"] == was
+    assert "route a" in feed.stale
+    store.commit(change(draft("b", "2")))
+    follows(feed, 4)
+    assert feed.log().kept["b"][-1].number == 4
+    store.commit(change(draft("a", "4"), audited=False, reset=True))
+    follows(feed, 5)
+    assert feed.stale == ""
+
+
+def _from_a_newer_release(client: Any, fleet: str) -> int:
+    """Append a revision of route a with a key that nobody knows yet, as its script would."""
+    import hashlib
+
+    import msgspec
+
+    keys = {name: f"{{{fleet}}}:{name}" for name in ("head", "routes", "revisions")}
+    head = msgspec.json.decode(client.get(keys["head"]))
+    document = msgspec.json.decode(client.hget(keys["routes"], "a"))
+    document |= {"number": head["number"] + 1, "previous": head["hash"]}
+    document["route"]["fancy"] = True
+    body = msgspec.json.encode(document, order="sorted")
+    digest = hashlib.sha256(body).hexdigest()
+    head |= {"number": document["number"], "hash": digest, "changes": head["changes"] + 1}
+    with client.pipeline() as at_once:
+        at_once.xadd(keys["revisions"], {"hash": digest, "body": body}, id=f"{document['number']}-0")
+        at_once.hset(keys["routes"], "a", body)
+        at_once.set(keys["head"], msgspec.json.encode(head))
+        at_once.execute()
+    return int(document["number"])
+
+
+@pytest.mark.service
+def test_while_redis_is_away_the_log_holds_and_the_feed_says_since_when(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    """It comes back by itself, and hears of what happened meanwhile; one log line for each end."""
+    with RedisServer(data_folder) as server, capture_logs() as logs:
+        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench.store.commit(change(draft()))
+        feed = bench.feed()
+        server.kill()
+        said = f"redis at redis://127.0.0.1:{server.port}/0 does not answer since 20"
+        wait_until(lambda: feed.stale.startswith(said), PATIENCE_S, "it is noticed")
+        assert "\n" not in feed.stale
+        assert number(feed) == 1
+        server.start()
+        bench.store.commit(change(draft(version="2")))
+        follows(feed, 2)
+        wait_until(lambda: feed.stale == "", PATIENCE_S, "all is well")
+        bench.close()
+    assert [line["event"] for line in logs] == ["routes_away", "routes_back"]
+
+
+@pytest.mark.service
+def test_a_worker_that_starts_while_redis_is_away_goes_on_with_its_copy(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    """Announcements and kept revisions are in the copy too; the store must continue it when it is back."""
+    with RedisServer(data_folder) as server:
+        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench.store.commit(change(draft("a"), draft("b")))
+        bench.store.commit(change(draft("a", "2", effective_from_ms=None)))
+        first = bench.feed(copy=True)
+        wait_until(bench.copy.exists, PATIENCE_S, "the copy is written")
+        held = first.log()
+        first.close()
+        server.kill()
+        second = bench.feed(copy=True)
+        assert second.log() == held
+        assert "does not answer since" in second.stale
+        server.start()
+        wait_until(lambda: second.stale == "", PATIENCE_S, "all is well")
+        bench.store.commit(change(draft("a", "2", effective_from_ms=5)))
+        follows(second, 4)
+        wait_until(lambda: b'"number":4,' in bench.copy.read_bytes(), PATIENCE_S, "the copy follows")
+        assert list(bench.copy.parent.iterdir()) == [bench.copy]
+        bench.close()
+
+
+@pytest.mark.service
+def test_a_worker_that_restarts_refuses_a_store_that_lost_what_it_knew(
+    redis_bench: Bench, redis_server: RedisServer
+) -> None:
+    """The copy is as good as one's own log: a restart is no way around the refusal."""
+    redis_bench.store.commit(change(draft()))
+    restore = redis_bench.backup()
+    redis_bench.store.commit(change(draft(version="2")))
+    redis_bench.feed(copy=True).close()
+    restore()
+    feed = redis_bench.feed(copy=True)
+    wait_until(lambda: "older revision 1 while revision 2" in feed.stale, PATIENCE_S, "it is said")
+    assert number(feed) == 2
+
+
+def test_without_redis_and_without_a_copy_the_address_is_named(tmp_path: Path) -> None:
+    """The start waits within its bound and then says in one line what is away."""
+    (port,) = free_ports(1)
+    bench = Bench(Place(f"redis://127.0.0.1:{port}/0"), tmp_path)
+    with pytest.raises(ControlError, match=f"redis at redis://127.0.0.1:{port}/0 .* no copy") as caught:
+        bench.feed(replace(QUICK, start_s=0.3), copy=True)
+    assert "\n" not in str(caught.value)
+    bench.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"epoch":0,"number":7,"hash":"00","kept":{}}',
+        b'{"epoch":0,"number":1,"hash":"00","kept":{"a":["{}"]}}',
+        b"\xff",
+    ],
+)
+@pytest.mark.service
+def test_a_copy_that_cannot_be_read_is_none(redis_bench: Bench, text: bytes) -> None:
+    """Half a file, or somebody else's: the worker asks Redis as if there were none, and replaces it."""
+    redis_bench.copy.parent.mkdir()
+    redis_bench.copy.write_bytes(text)
+    redis_bench.store.commit(change(draft()))
+    with capture_logs() as logs:
+        feed = redis_bench.feed(copy=True)
+        assert number(feed) == 1
+    assert [line["event"] for line in logs] == ["routes_copy_unreadable"]
+    wait_until(lambda: redis_bench.copy.read_bytes() != text, PATIENCE_S, "it is replaced")
+
+
+@pytest.mark.service
+def test_a_copy_that_cannot_be_written_stops_nothing(redis_bench: Bench) -> None:
+    """The feed follows without one."""
+    redis_bench.copy.parent.write_text("in the way")
+    redis_bench.store.commit(change(draft()))
+    feed = redis_bench.feed(copy=True)
+    redis_bench.store.commit(change(draft(version="2")))
+    follows(feed, 2)
+
+
+@pytest.mark.service
+def test_a_frozen_redis_holds_up_neither_the_log_nor_the_end(data_folder: Path, tmp_path: Path) -> None:
+    """Whoever asks, and whoever closes, is answered at once while a read hangs."""
+    with RedisServer(data_folder) as server:
+        bench = Bench(Place(server.url, timeout_s=60.0), tmp_path)
+        bench.store.commit(change(draft()))
+        feed = bench.feed(replace(QUICK, block_s=30.0))
+        server.pause()
+        assert number(feed) == 1
+        feed.close()
+        server.resume()
+        bench.close()
+
+
+# Reporters
+
+
+class _Lossy:
+    """A client that does what it is told and loses the answer to each first script."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.lose = 0
+
+    def execute_command(self, *words: Any) -> Any:
+        answer = self._client.execute_command(*words)
+        if words[0] == "EVALSHA" and self.lose > 0:
+            self.lose -= 1
+            raise ConnectionError("the answer is lost")
+        return answer
+
+    def close(self) -> None:
+        """The next one uses it again."""
+
+
+SOON = ReporterOptions(backoff_first_s=0.02, backoff_max_s=0.05)
+
+
+@pytest.mark.service
+def test_a_lost_answer_makes_no_summary_come_twice(redis_bench: Bench, redis_server: RedisServer) -> None:
+    """The group is sent again under its id, and the server knows that it has it."""
+    with redis_server.client() as client:
+        lossy = _Lossy(client)
+        reporter = RedisReporter(lambda: lossy, redis_bench.fleet, "default", "w-1", options=SOON)
+        reporter.append([window(requests=1)])
+        wait_until(lambda: redis_bench.store.windows("digits")[0], PATIENCE_S, "the first has arrived")
+        lossy.lose = 3
+        reporter.append([window(requests=2)])
+        wait_until(lambda: lossy.lose == 0, PATIENCE_S, "answers were lost")
+        reporter.append([window(requests=3)])
+        reporter.close()
+    found, _ = redis_bench.store.windows("digits")
+    assert [each.requests for each in found] == [1, 2, 3]
+
+
+@pytest.mark.service
+def test_while_redis_is_away_summaries_wait_and_the_oldest_are_dropped(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    """Memory is bounded, what was dropped is counted, the rest arrives in order; each end is told once."""
+    with RedisServer(data_folder) as server, capture_logs() as logs:
+        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        where = Place(server.url, timeout_s=0.5)
+        options = replace(SOON, bound=10, at_once=3)
+        reporter = RedisReporter(lambda: open_redis(where), bench.fleet, "default", "w-1", options=options)
+        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
+        wait_until(bench.store.workers, PATIENCE_S, "it is known")
+        server.kill()
+        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
+        wait_until(lambda: logs, PATIENCE_S, "it is noticed")
+        for count in range(25):
+            reporter.append([window(requests=count)])
+        assert reporter.dropped == 15
+        server.start()
+        wait_until(lambda: len(bench.store.windows("digits")[0]) == 10, PATIENCE_S, "they have arrived")
+        assert [each.requests for each in bench.store.windows("digits")[0]] == list(range(15, 25))
+        reporter.close()
+        bench.close()
+    assert [line["event"] for line in logs] == ["reports_away", "reports_back"]
+
+
+def test_in_memory_too_summaries_wait_and_the_oldest_are_dropped() -> None:
+    """The twin keeps to the same bound."""
+    store = MemoryControlStore(FakeClock())
+    reporter = MemoryReporter(store, bound=2)
+    store.away = True
+    reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
+    reporter.append([window(requests=count) for count in (1, 2, 3)])
+    assert reporter.dropped == 1
+    store.away = False
+    reporter.append([window(requests=4)])
+    assert [each.requests for each in store.windows("digits")[0]] == [2, 3, 4]
+
+
+@pytest.mark.service
+def test_summaries_that_are_refused_hold_up_no_heartbeat(
+    redis_bench: Bench, redis_server: RedisServer
+) -> None:
+    """Somebody's key stands where a route's summaries go: the worker is listed all the same."""
+    with redis_server.client() as client:
+        client.set(f"{{{redis_bench.fleet}}}:reports:digits", "in the way")
+        where = Place(redis_server.url)
+        reporter = RedisReporter(lambda: open_redis(where), redis_bench.fleet, "default", "w-1", options=SOON)
+        reporter.append([window()])
+        for count in (1, 2):
+            reporter.heartbeat(WorkerReport(worker="w-1", pool="default", head=Head(0, count)))
+            wait_until(
+                lambda n=count: [each.head.number for each in redis_bench.store.workers()] == [n],
+                PATIENCE_S,
+                "the report has arrived",
+            )
+        client.delete(f"{{{redis_bench.fleet}}}:reports:digits")
+        wait_until(lambda: redis_bench.store.windows("digits")[0], PATIENCE_S, "they have arrived")
+        client.set(f"{{{redis_bench.fleet}}}:reports:odd", "in the way")
+        reporter.append([window(name="odd"), window(name="odd"), window(name="other")])
+        wait_until(lambda: reporter.dropped == 2, PATIENCE_S, "what one route refuses is dropped")
+        assert len(redis_bench.store.windows("other")[0]) == 1
+        reporter.close()
+
+
+@pytest.mark.service
+def test_a_frozen_redis_does_not_hold_up_the_end_of_a_reporter(data_folder: Path, tmp_path: Path) -> None:
+    """Closing ends within its bound; the registration expires by itself."""
+    with RedisServer(data_folder) as server:
+        bench = Bench(Place(server.url), tmp_path)
+        where = Place(server.url, timeout_s=60.0)
+        options = replace(SOON, close_s=0.2)
+        reporter = RedisReporter(lambda: open_redis(where), bench.fleet, "default", "w-1", options=options)
+        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
+        wait_until(bench.store.workers, PATIENCE_S, "it is known")
+        server.pause()
+        reporter.append([window()])
+        reporter.close()
+        server.resume()
+        bench.close()
