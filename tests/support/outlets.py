@@ -152,10 +152,10 @@ def route_plan(
         **route,
     )
     engines: dict[tuple[str, str], Engine] = {}
-    for variant in variants:
-        engine = Engine("m", variant.version, _never_loaded, SimpleQueue(), FakeClock())
-        engine.signature = (signatures or {}).get(variant.version, signature)
-        engines["m", variant.version] = engine
+    for version in sorted(table.versions):
+        engine = Engine("m", version, _never_loaded, SimpleQueue(), FakeClock())
+        engine.signature = (signatures or {}).get(version, signature)
+        engines["m", version] = engine
     wishes = Batching() if batching is None else batching
     return RoutePlan(
         table,
