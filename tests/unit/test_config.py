@@ -225,7 +225,6 @@ def test_relative_paths_start_at_the_files_folder(folder: Path) -> None:
     ("text", "said"),
     [
         ("[worker]\nguarantee = 'exactly_once'", "does not exist yet"),
-        ("[routes]\nsource = 'fleet'", "does not exist yet"),
     ],
 )
 def test_what_does_not_exist_yet_is_refused_at_start(text: str, said: str) -> None:

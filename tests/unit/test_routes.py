@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from inferfleet.cli.route import route_toml
 from inferfleet.errors import ConfigError
-from inferfleet.routes import BUCKETS, Destination, Variant, load_routes, parse_routes
+from inferfleet.routes import BUCKETS, Destination, Shadow, Variant, load_routes, parse_routes
 from inferfleet.variants import bucket_counts
 
 BASE = '[[route]]\nname = "a"\nsource = "kafka:in"\nresults = ["kafka:out", "redis"]\nmodel = "m"\n'
@@ -169,16 +170,37 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     st.sampled_from(["key", "id", "header:x-tenant"]),
     st.none() | st.integers(1, 10**6),
     st.none() | st.floats(0, 60_000),
+    st.lists(st.tuples(st.floats(0.0001, 1), st.floats(0, 1)), max_size=3),
+    st.sampled_from([None, "primary"]),
+    st.booleans(),
 )
 def test_a_route_written_as_toml_reads_back_the_same(
-    given_weights: list[float], salt: str, split_by: str, ttl_s: int | None, delay: float | None
+    given_weights: list[float],
+    salt: str,
+    split_by: str,
+    ttl_s: int | None,
+    delay: float | None,
+    samples: list[tuple[float, float]],
+    shadow_of: str | None,
+    in_pieces: bool,
 ) -> None:
     """route show --toml loses nothing."""
     lines = ", ".join(
         f'{{ name = "v{i}", version = "{i + 1}", weight = {w!r} }}' for i, w in enumerate(given_weights)
     )
     (route,) = parse_routes(BASE + f"variants = [{lines}]\nsplit_by = '{split_by}'", "f", "x").routes
-    changed = {"salt": salt, "ttl_s": ttl_s, "max_queue_delay_ms": delay}
+    changed: dict[str, Any] = {"salt": salt, "ttl_s": ttl_s, "max_queue_delay_ms": delay}
+    changed["shadows"] = tuple(Shadow(f"s{i}", "7", *each) for i, each in enumerate(samples))
+    changed["warm"] = ("5", "6")[: len(samples)]
+    if shadow_of is not None:
+        changed |= {"shadow_of": shadow_of, "results": ()}
+    if in_pieces and len(given_weights) > 1:
+        # The last variant takes the first bucket, so that the ranges are not what the weights alone give.
+        first, *between, last = route.variants
+        pieces = ((0, 1), *last.ranges)
+        rest = first._replace(ranges=((1, first.ranges[0][1]),) if first.buckets > 1 else first.ranges)
+        if first.buckets > 1:
+            changed["variants"] = (rest, *between, last._replace(ranges=pieces))
     route = type(route)(**{name: getattr(route, name) for name in route.__struct_fields__} | changed)
 
     assert parse_routes(route_toml(route), "other", "x").routes == (route,)

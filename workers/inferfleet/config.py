@@ -409,8 +409,6 @@ def check_supported(config: Config) -> None:
         raise ConfigError(
             f'{where}: [worker] guarantee = "exactly_once" does not exist yet; use "at_least_once"'
         )
-    if config.routes.source == "fleet":
-        raise ConfigError(f'{where}: [routes] source = "fleet" does not exist yet; use "file:routes.toml"')
 
 
 def dead_letter_topic(config: Config, source: str, group: str | None = None) -> str:

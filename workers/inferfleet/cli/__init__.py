@@ -23,6 +23,7 @@ _VERBS = {
     "topics": ("inferfleet.cli.topics:topics", "Every topic and right that the routes need."),
     "config": ("inferfleet.cli.config:config", "The effective settings."),
     "status": ("inferfleet.cli.status:status", "Workers, partitions, lag, paused routes."),
+    "audit": ("inferfleet.cli.audit:audit", "Who changed what: verify and export."),
     "doctor": ("inferfleet.cli.doctor:doctor", "Check everything that a worker needs."),
     "demo": ("inferfleet.cli.demo:demo", "The main job for real, on this machine, in a minute."),
 }

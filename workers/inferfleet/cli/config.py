@@ -42,7 +42,7 @@ def check(session: Session) -> None:
     check_supported(session.config)
     click.echo(f"{session.config.path}: ok")
     routes = session.routes
-    click.echo(f"{session.config.routes_path}: ok, {len(routes.routes)} routes, revision {routes.revision}")
+    click.echo(f"{session.routes_origin}: ok, {len(routes.routes)} routes, revision {routes.revision}")
 
 
 def effective(settings: Config) -> dict[str, object]:

@@ -56,7 +56,7 @@ def examine(session: Session, load_models: bool, partitions: int | None) -> Iter
     routes: tuple[Route, ...] = ()
     try:
         routes = _pool_routes(session)
-        yield Finding("routes", "ok", f"{config.routes_path}, {', '.join(route.name for route in routes)}")
+        yield Finding("routes", "ok", f"{session.routes_origin}, {', '.join(route.name for route in routes)}")
     except InferfleetError as error:
         yield Finding("routes", "FAIL", str(error))
     if uses_kafka(routes) or not routes:
@@ -65,6 +65,8 @@ def examine(session: Session, load_models: bool, partitions: int | None) -> Iter
         yield from _rabbitmq(config, routes)
     if any(each.kind == "redis" for route in routes for each in route.results):
         yield _redis(config)
+    if config.routes.source == "fleet":
+        yield _control(config)
     yield from _models(config, routes, load_models)
     yield _admin(config)
 
@@ -72,7 +74,7 @@ def examine(session: Session, load_models: bool, partitions: int | None) -> Iter
 def _pool_routes(session: Session) -> tuple[Route, ...]:
     pool = session.config.worker.pool
     routes = session.routes.of_pool(pool)
-    where = session.config.routes_path
+    where = session.routes_origin
     if not routes:
         pools = sorted({route.pool for route in session.routes.routes})
         raise ConfigError(
@@ -214,6 +216,25 @@ def _redis(config: Config) -> Finding:
     return Finding("redis", "ok", f"{where} answers")
 
 
+def _control(config: Config) -> Finding:
+    """Look at the control plane's log, and whether the workers that follow it hold no more than it has."""
+    from inferfleet.cli.control import opened
+    from inferfleet.core.barrier import ahead
+
+    try:
+        with opened(config) as store:
+            workers = store.workers()
+            head = store.load().head
+    except InferfleetError as error:
+        return Finding("control", "FAIL", str(error))
+    said = f"revision {head.number} of epoch {head.epoch}, {len(workers)} workers follow it"
+    lost = ahead(head, workers)
+    if lost:
+        text = f"{said}, but {lost[0].worker} {lost[0].text}; `inferfleet route apply --reset FILE` mends it"
+        return Finding("control", "FAIL", text)
+    return Finding("control", "ok", said)
+
+
 def _models(config: Config, routes: Sequence[Route], load: bool) -> Iterator[Finding]:
     if not routes:
         return
@@ -225,16 +246,18 @@ def _models(config: Config, routes: Sequence[Route], load: bool) -> Iterator[Fin
         yield Finding("models", "FAIL", f"{config.path}: {error}")
         return
     inputs: dict[tuple[str, str], tuple[TensorSpec, ...]] = {}
-    for model, version in dict.fromkeys((r.model, v.version) for r in routes for v in r.variants):
+    for model, version in dict.fromkeys((r.model, v) for r in routes for v in sorted(r.versions, key=int)):
         label = f"model {model} version {version}"
         try:
             yield Finding(label, "ok", _try_model(config, repository, model, version, load, inputs))
         except InferfleetError as error:
             yield Finding(label, "FAIL", str(error).removeprefix(f"{label}: "))
     for route in routes:
-        known = {inputs[key] for key in ((route.model, v.version) for v in route.variants) if key in inputs}
+        known = {
+            inputs[key] for key in ((route.model, version) for version in route.versions) if key in inputs
+        }
         if len(known) > 1:
-            text = "its variants differ in their inputs; they must take the same requests"
+            text = "its versions differ in their inputs; they must take the same requests"
             yield Finding(f"route {route.name}", "FAIL", text)
 
 

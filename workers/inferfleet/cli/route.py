@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import time
+from typing import Any
 
 import click
 
+from inferfleet.cli import control
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
+from inferfleet.cli.route_control import apply, history, revert
+from inferfleet.cli.route_views import (
+    age,
+    as_plain,
+    fleet_route,
+    moment,
+    optional,
+    percent,
+    shares,
+)
+from inferfleet.cli.route_views import route_toml as route_toml
+from inferfleet.core.revisions import in_force
 from inferfleet.errors import BrokerError
-from inferfleet.routes import BUCKETS, Route, Variant
-
-_OPTIONAL = (
-    "pool", "split_by", "salt", "input", "goal_p99_ms", "deadline_ms", "ttl_s", "order", "nan", "time",
-    "max_batch_size", "max_queue_delay_ms",
-)  # fmt: skip
+from inferfleet.revisions import RouteLog
+from inferfleet.routes import Route, RouteTable
 
 
 @click.group(epilog="Example: inferfleet route list")
 def route() -> None:
-    """Show the routes: source, results, model and variants; pause and resume them."""
+    """Show the routes and their history; change, pause and resume them."""
 
 
 @route.command("list", epilog="Example: inferfleet route list --json")
@@ -26,23 +36,57 @@ def route() -> None:
 @pass_session
 def list_(session: Session, as_json: bool) -> None:
     """List all routes."""
+    if session.config.routes_path is None:
+        _list_fleet(session, as_json)
+        return
     table = session.routes
     if as_json:
         echo_json({"revision": table.revision, "routes": [as_plain(each) for each in table.routes]})
         return
-    rows = [
-        (
-            each.name,
-            each.source,
-            ", ".join(map(str, each.results)),
-            each.model,
-            ", ".join(f"{variant.version} {percent(variant)}" for variant in each.variants),
-            each.pool,
-        )
-        for each in table.routes
-    ]
-    echo_table(("route", "source", "results", "model", "versions", "pool"), rows)
+    echo_table(_HEADINGS, [_row(each) for each in table.routes])
     click.echo(f"revision {table.revision}, {session.config.routes_path}")
+
+
+_HEADINGS = ("route", "source", "results", "model", "versions", "pool")
+
+
+def _row(each: Route) -> tuple[object, ...]:
+    results = ", ".join(map(str, each.results)) or f"shadow of {each.shadow_of}"
+    return each.name, each.source, results, each.model, shares(each), each.pool
+
+
+def _list_fleet(session: Session, as_json: bool) -> None:
+    log, now_ms = _log(session), _now_ms()
+    found = [view for name in sorted(log.kept) if _stands(view := fleet_route(log, name, now_ms))]
+    if as_json:
+        echo_json({"epoch": log.head.epoch, "revision": log.head.number, "routes": found})
+        return
+    rows = []
+    for view in found:
+        current = in_force(log.kept[view["name"]], now_ms)
+        route_now = current.route if current is not None else None
+        row = _row(route_now) if route_now is not None else (view["name"], "-", "-", "-", "-", "-")
+        stands = view["in_force"]
+        number = "-" if stands is None else str(stands["revision"])
+        rows.append((*row, number, "-" if current is None else age(now_ms - current.at_ms), _waits(view)))
+    echo_table((*_HEADINGS, "revision", "age", "waits"), rows)
+    click.echo(f"revision {log.head.number} of epoch {log.head.epoch}, from the control plane")
+
+
+def _stands(view: dict[str, Any]) -> bool:
+    """Say whether there is more of a route than that it was deleted."""
+    return any(view[key] is not None and view[key]["route"] for key in ("in_force", "coming", "announced"))
+
+
+def _waits(view: dict[str, Any]) -> str:
+    """Return what is to come of a route, in some words."""
+    said = []
+    if view["coming"] is not None:
+        coming = view["coming"]
+        said.append(f"revision {coming['revision']} from {moment(coming['effective_from_ms'])}")
+    if view["announced"] is not None:
+        said.append(f"revision {view['announced']['revision']} for its workers")
+    return "; ".join(said) or "-"
 
 
 @route.command(epilog="Example: inferfleet route show digits --toml")
@@ -51,29 +95,87 @@ def list_(session: Session, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @pass_session
 def show(session: Session, name: str, as_toml: bool, as_json: bool) -> None:
-    """Show one route with the bucket ranges of its variants."""
+    """Show one route with the bucket ranges of its variants.
+
+    From the control plane: what is in force now, since which revision, and what is to come. --toml prints
+    what was applied last, which may be in force only in a moment.
+    """
     if as_toml and as_json:
         raise click.UsageError("--toml and --json exclude each other")
+    if session.config.routes_path is None:
+        _show_fleet(session, name, as_toml=as_toml, as_json=as_json)
+        return
     found = session.routes.named(name)
     if as_json:
         echo_json(as_plain(found))
-        return
-    if as_toml:
+    elif as_toml:
         click.echo(route_toml(found), nl=False)
+    else:
+        _print_route(found)
+
+
+def _show_fleet(session: Session, name: str, *, as_toml: bool, as_json: bool) -> None:
+    log, now_ms = _log(session), _now_ms()
+    if as_toml:
+        click.echo(route_toml(log.table().named(name)), nl=False)
         return
+    if name not in log.kept or not _stands(view := fleet_route(log, name, now_ms)):
+        RouteTable("", log.table().routes).named(name)
+    view = fleet_route(log, name, now_ms)
+    if as_json:
+        echo_json(view)
+        return
+    current = in_force(log.kept[name], now_ms)
+    if current is not None and current.route is not None:
+        _print_route(current.route)
+    elif current is not None:
+        click.echo(f"route {name} is deleted")
+    if current is not None:
+        click.echo()
+        click.echo(
+            f"revision {current.number} ({current.action}) by {current.author}, {_why(current.reason)}"
+        )
+        since, old = moment(current.effective_from_ms), age(now_ms - current.at_ms)
+        click.echo(f"in force from {since}, written {old} ago")
+    if _waits(view) != "-":
+        click.echo(f"waits: {_waits(view)}")
+
+
+def _why(reason: str) -> str:
+    return f"reason: {reason}" if reason else "no reason given"
+
+
+def _log(session: Session) -> RouteLog:
+    with control.opened(session.config) as store:
+        return store.load()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _print_route(found: Route) -> None:
     click.echo(f"route    {found.name}")
     click.echo(f"source   {found.source}")
-    click.echo(f"results  {', '.join(map(str, found.results))}")
+    click.echo(f"results  {', '.join(map(str, found.results)) or '-'}")
     click.echo(f"model    {found.model}")
-    for key in _OPTIONAL:
-        if getattr(found, key) is not None:
-            click.echo(f"{key:<8} {getattr(found, key)}")
+    for key, value in optional(found).items():
+        click.echo(f"{key:<8} {', '.join(value) if isinstance(value, tuple) else value}")
     click.echo()
     rows = [
-        (each.name, each.version, percent(each), " ".join(f"{low}-{high - 1}" for low, high in each.ranges))
+        (
+            each.name,
+            each.version,
+            percent(each.buckets),
+            " ".join(f"{low}-{high - 1}" for low, high in each.ranges),
+        )
         for each in found.variants
     ]
     echo_table(("variant", "version", "share", "buckets"), rows)
+    if found.shadows:
+        click.echo()
+        rows_of_shadows = [(each.name, each.version, f"{each.sample:.0%}") for each in found.shadows]
+        echo_table(("shadow", "version", "sees"), rows_of_shadows)
 
 
 _ADMIN = click.option(
@@ -154,45 +256,5 @@ def _tell(address: str, name: str, verb: str, reason: str = "") -> None:
     ask_admin(address, name, verb, reason)
 
 
-def percent(variant: Variant) -> str:
-    """Return the variant's share of the buckets."""
-    return f"{variant.buckets * 100 / BUCKETS:g}%"
-
-
-def as_plain(found: Route) -> dict[str, object]:
-    """Return a route in the words of the routes file, plus the bucket ranges."""
-    plain: dict[str, object] = {
-        "name": found.name,
-        "source": str(found.source),
-        "results": [str(each) for each in found.results],
-        "model": found.model,
-        "variants": [each._asdict() for each in found.variants],
-    }
-    return plain | {key: getattr(found, key) for key in _OPTIONAL if getattr(found, key) is not None}
-
-
-def route_toml(found: Route) -> str:
-    """Return the route as a ``[[route]]`` table that parses to the same route."""
-    lines = [
-        "[[route]]",
-        f"name = {_text(found.name)}",
-        f"source = {_text(str(found.source))}",
-        f"results = [{', '.join(_text(str(each)) for each in found.results)}]",
-        f"model = {_text(found.model)}",
-        "variants = [",
-        *(
-            f"  {{ name = {_text(each.name)}, version = {_text(each.version)}, weight = {each.weight!r} }},"
-            for each in found.variants
-        ),
-        "]",
-    ]
-    for key in _OPTIONAL:
-        value = getattr(found, key)
-        if value is not None:
-            lines.append(f"{key} = {_text(value) if isinstance(value, str) else repr(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _text(value: str) -> str:
-    # JSON leaves DEL as it is, which TOML does not allow.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+for _verb in (apply, history, revert):
+    route.add_command(_verb)

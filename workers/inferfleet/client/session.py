@@ -18,6 +18,7 @@ from inferfleet.config import Config, kafka_client_config
 from inferfleet.errors import ConfigError
 from inferfleet.naming import source_address
 from inferfleet.redis_access import Place, place_of
+from inferfleet.route_reader import read_routes
 from inferfleet.routes import Route, load_routes
 from inferfleet.tables import nearest
 from inferfleet.wire.stored import payload_hash
@@ -103,10 +104,10 @@ def open_session(
     routes: Mapping[str, str] | None = None,
     reply: bool = True,
 ) -> Session:
-    """Return a session; arguments overrule the configuration, ``routes`` (name to source) its routes file.
+    """Return a session; arguments overrule the configuration, ``routes`` (name to source) its routes.
 
     Without ``config`` and a broker's address the configuration is found as the console command finds it.
-    Raises ConfigError.
+    Raises ConfigError, and ControlError where routes come from a control plane that does not answer.
     """
     if config is None and (bootstrap_servers is not None or rabbitmq_url is not None):
         config = Config()
@@ -137,11 +138,8 @@ def _amqp_place(config: Config, url: str | None) -> AmqpPlace:
 
 def _doors(config: Config) -> dict[str, Door]:
     path = config.routes_path
-    if path is None:
-        raise ConfigError(
-            '[routes] source = "fleet": name the topics yourself, routes={"digits": "digits.requests"}'
-        )
-    return {route.name: _door_of(route) for route in load_routes(path, config.fleet.name).routes}
+    table = read_routes(config) if path is None else load_routes(path, config.fleet.name)
+    return {route.name: _door_of(route) for route in table.routes}
 
 
 def _door_of(route: Route) -> Door:

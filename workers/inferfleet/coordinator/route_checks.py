@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from inferfleet.catalogue import Catalogue, VersionFacts
 from inferfleet.core.planning import RouteChange
-from inferfleet.errors import ConfigError
-from inferfleet.plane import version_name
+from inferfleet.errors import ConfigError, ConflictError
+from inferfleet.plane import Stored, version_name
 from inferfleet.records import Signature
 from inferfleet.revisions import RouteLog
+from inferfleet.rollouts import ENDED
 from inferfleet.routes import Destination, Route
 
 LATEST = "latest"
@@ -95,6 +98,25 @@ def _check_detached(shadow: Route, primary: Route | None) -> None:
             f'its own that is bound to the exchange of "{primary.source.name}" '
             f"(`inferfleet topics plan {shadow.name}` prints it)"
         )
+
+
+class _Rollout(msgspec.Struct):
+    """What matters here of a stored rollout, whatever release wrote it."""
+
+    route: str = ""
+    phase: str = ""
+
+
+def check_rollouts(changes: Iterable[RouteChange], documents: Mapping[str, Stored]) -> None:
+    """Raise ConflictError where a rollout steps a route that is to change: they would undo each other."""
+    names = {each.name for each in changes if each.changes}
+    for name, stored in sorted(documents.items()):
+        found = msgspec.json.decode(stored.body, type=_Rollout)
+        if found.route in names and found.phase not in ENDED:
+            raise ConflictError(
+                f"route {found.route} is in rollout {name} ({found.phase}); "
+                f"`inferfleet rollout abort {name}` ends it"
+            )
 
 
 def check_served(route: Route, catalogue: Catalogue) -> dict[str, str]:

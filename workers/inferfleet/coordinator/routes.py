@@ -31,6 +31,7 @@ from inferfleet.coordinator.announcing import (
     withdrawal,
 )
 from inferfleet.coordinator.route_checks import (
+    check_rollouts,
     check_served,
     check_together,
     resolve_latest,
@@ -173,6 +174,7 @@ class RouteControl:
         latest: Mapping[str, str],
         workers: Sequence[WorkerReport],
     ) -> Plan:
+        check_rollouts(changes, self._store.documents())
         check_together(standing_after(log, changes))
         self._digests(changes)
         return Plan(changes, latest, idle_pools(changes, workers))
@@ -214,6 +216,7 @@ class RouteControl:
         one. Raises ConflictError where a route has another last revision than the one its change names.
         """
         log, workers = self._read()
+        check_rollouts(changes, self._store.documents())
         check_together(standing_after(log, changes))
         digests, idle = self._digests(changes), idle_pools(changes, workers)
         by = Author(author, reason)

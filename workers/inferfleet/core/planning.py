@@ -73,7 +73,7 @@ def replanned(before: Route | None, wanted: Route) -> Route:
 
     Ranges that are not those that the weights alone would give were written by somebody, and are kept.
     """
-    if before is None or not _by_weight(wanted.variants):
+    if before is None or not by_weight(wanted.variants):
         return wanted
     counts = bucket_counts([each.weight for each in wanted.variants])
     return with_counts(before, wanted, counts)
@@ -137,7 +137,8 @@ def _like(standing: Variant | None, planned: Variant) -> Variant:
     return standing if alike and standing is not None else planned
 
 
-def _by_weight(variants: Sequence[Variant]) -> bool:
+def by_weight(variants: Sequence[Variant]) -> bool:
+    """Say whether the ranges are those that the weights alone would give."""
     highs = list(accumulate(bucket_counts([each.weight for each in variants])))
     return all(
         each.ranges == ((low, high),)

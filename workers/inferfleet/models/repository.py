@@ -91,6 +91,19 @@ class Repository:
         Raises :class:`~inferfleet.errors.ChecksumMismatchError` for a byte that differs and
         ModelRepositoryError for all else: an unknown name, a file too many or too few, a link, a bad key.
         """
+        path, listed = self._found(model, version)
+        manifest.verify(path, listed, path.parent.name, path.name)
+        return self._describe(path.parent.name, path, listed)
+
+    def look(self, model: str, version: str) -> ModelVersion:
+        """Return what a version says of itself; its other files are not read, so they may differ from it.
+
+        Raises what :meth:`fetch` raises for the manifest and the description. Load what ``fetch`` returns.
+        """
+        path, listed = self._found(model, version)
+        return self._describe(path.parent.name, path, listed)
+
+    def _found(self, model: str, version: str) -> tuple[Path, manifest.Manifest]:
         folder = self._model_folder(model)
         versions = self._listed(folder)
         if version not in versions:
@@ -102,9 +115,7 @@ class Repository:
             known = ", ".join(versions) or "none"
             raise ModelRepositoryError(f"model {model} has no version {_shown(version)}; there is: {known}")
         path = folder / versions[versions.index(version)]
-        listed = manifest.read(path, folder.name, path.name)
-        manifest.verify(path, listed, folder.name, path.name)
-        return self._describe(folder.name, path, listed)
+        return path, manifest.read(path, folder.name, path.name)
 
     def add(
         self,
