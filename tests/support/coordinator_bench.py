@@ -122,6 +122,5 @@ class Bench:
     def seed(self, name: str = "digits") -> int:
         """Let a route stand (no worker lives, so it needs no barrier); return its revision."""
         entry = PLAIN | {"name": name, "source": f"kafka:{name}.requests"}
-        (change,) = self.routes.planned([entry])
-        (revision,) = self.routes.announce([change], author="seed", reason="")
+        (revision,) = self.routes.announce(self.routes.planned([entry]), author="seed", reason="")
         return revision.number

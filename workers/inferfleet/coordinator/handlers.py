@@ -16,7 +16,7 @@ from inferfleet.coordinator.services import FleetService, ModelService, RolloutS
 from inferfleet.coordinator.tokens import Caller
 from inferfleet.core.planning import RouteChange
 from inferfleet.errors import ConflictError
-from inferfleet.revisions import RouteLog
+from inferfleet.revisions import Revision, RouteLog
 from inferfleet.routes import Route, plain_route
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
@@ -109,7 +109,8 @@ class Handlers:
         if entry["name"] != name:
             raise RefusedError(400, "E_INVALID", "the route's name is not that of the path")
         _check_bounds(asked.caller, [name])
-        (change,) = self._routes.planned([entry], prune=False)
+        # A plan names the routes that it leaves alone, too.
+        change = next(each for each in self._routes.planned([entry], prune=False) if each.name == name)
         return self._conditional(change, asked, asked.body.reason, "apply")
 
     def delete_route(self, asked: Asked) -> Reply:
@@ -151,19 +152,20 @@ class Handlers:
             said = f"is at revision {change.number}" if exists else "does not exist"
             raise RefusedError(412, "E_STALE", f"route {change.name} {said}")
         try:
-            return self._announce([change], asked.caller, reason, action)
+            reply = self._announce([change], asked.caller, reason, action)
         except ConflictError:
             raise RefusedError(412, "E_STALE", f"route {change.name} was changed meanwhile") from None
+        number = reply.body.revisions[-1].number if reply.body.revisions else change.number
+        return reply._replace(headers={"etag": _tag(number)})
 
     def _announce(self, changes: Sequence[RouteChange], caller: Caller, reason: str, action: str) -> Reply:
         written = [each for each in changes if each.changes and not each.same]
-        revisions = (
-            self._routes.announce(written, author=caller.name, reason=_plain(reason), action=action)
-            if written
-            else ()
-        )
-        tag = {"etag": _tag(revisions[-1].number if revisions else changes[0].number)} if changes else {}
-        return Reply(_applied(changes, revisions, dry_run=False), headers=tag if len(changes) == 1 else {})
+        revisions: Sequence[Revision] = ()
+        if written:
+            revisions = self._routes.announce(
+                written, author=caller.name, reason=_plain(reason), action=action
+            )
+        return Reply(_applied(changes, revisions, dry_run=False))
 
     # Rollouts
 
@@ -275,7 +277,7 @@ def _view(log: RouteLog, name: str) -> m.RouteView:
     )
 
 
-def _applied(changes: Sequence[RouteChange], revisions: Sequence[Any], *, dry_run: bool) -> m.Applied:
+def _applied(changes: Sequence[RouteChange], revisions: Sequence[Revision], *, dry_run: bool) -> m.Applied:
     return m.Applied(
         dry_run=dry_run,
         changes=[
