@@ -50,6 +50,7 @@ class FakeWorker:
         self.refuses: dict[str, str] = {}
         self.loads = True
         self.draining = False
+        self.stale = ""
         self.head = Head()
         self._ready: set[str] = set()
         self._adopted: dict[str, int] = {}
@@ -80,6 +81,7 @@ class FakeWorker:
                 ready=sorted(self._ready),
                 refused=dict(self._refused),
                 draining=self.draining,
+                stale=self.stale,
             ),
             TTL_MS,
         )

@@ -274,3 +274,43 @@ def test_a_rewritten_entry_with_a_hash_of_its_own_breaks_the_next(desk: Desk, tm
     noted = json.loads(second)["hash"]
     cut = desk.run("audit", "verify", str(file), "--last-hash", noted, "--json", code=1)
     assert "the log was cut off" in json.loads(cut.stdout)["fault"]
+
+
+# status
+
+
+def test_status_shows_the_registered_workers(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who serves which versions by which revision, who is behind and why."""
+    desk.apply(ONE)
+    desk.plane.workers[1].stale = "redis does not answer"
+    desk.plane.workers[1].report()
+    desk.plane.control.announce(desk.plane.control.planned([_entry(CANARY)]), author="eva", reason="soon")
+    desk.plane.workers[0].step()
+    from inferfleet.cli.registered import print_registered, registered
+    from inferfleet.config import load
+
+    found = registered(load(desk.config, {}))
+    assert found is not None
+    first, second = found.workers
+    assert (first.worker, first.revision, first.behind, first.revision_age_s) == ("w-1", 3, 0, 0)
+    assert (second.worker, second.revision, second.behind) == ("w-2", 2, 1)
+    assert second.revision_age_s > 0
+    assert first.ready == ["digits:1", "digits:2"]
+    print_registered(found)
+    said = capsys.readouterr().out
+    assert "revision 3 of epoch 0  2 registered workers" in said
+    assert "w-2 serves by routes that may be old: redis does not answer" in said
+
+
+def test_status_without_an_answer_says_so(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """A control plane that is away does not fail the rest."""
+    from inferfleet.cli.registered import print_registered, registered
+    from inferfleet.config import load
+
+    desk.plane.store.away = True
+    found = registered(load(desk.config, {}))
+    assert found is not None
+    print_registered(found)
+    assert "registered workers are unknown" in capsys.readouterr().out
+    desk.config.write_text("")
+    assert registered(load(desk.config, {})) is None

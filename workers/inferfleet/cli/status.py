@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
+from inferfleet.cli.registered import print_registered, registered
 from inferfleet.cli.topology import route_queues, route_topics, shares_pauses
 from inferfleet.errors import BrokerError
 from inferfleet.naming import retry_group
@@ -87,7 +88,7 @@ class WorkerAnswer(msgspec.Struct, frozen=True):
     "addresses",
     multiple=True,
     metavar="HOST:PORT",
-    help="A worker's admin address; by default the one in the settings. May be repeated.",
+    help="A worker's admin address; by default the one in the settings (none with source fleet).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @pass_session
@@ -102,12 +103,18 @@ def status(session: Session, addresses: tuple[str, ...], as_json: bool) -> None:
         found = [
             pool_status(config, pool, routes, kafka, standing, rabbitmq) for pool, routes in pools.items()
         ]
-    answers = [ask_worker(address) for address in addresses or (config.worker.admin_address,)]
+    fleet = registered(config)
+    # Where workers register, the address in the settings says nothing of most of them.
+    asked = addresses or (() if fleet is not None else (config.worker.admin_address,))
+    answers = [ask_worker(address) for address in asked]
     if as_json:
-        echo_json({"pools": found, "workers": answers})
+        said = {"pools": found, "workers": answers}
+        echo_json(said if fleet is None else {**said, "control": fleet})
         return
     for each in found:
         _print_pool(each)
+    if fleet is not None:
+        print_registered(fleet)
     for answer in answers:
         _print_worker(answer)
 
