@@ -30,6 +30,7 @@ def a_rollout() -> Rollout:
         to_version="2",
         digest="sha256:00",
         before=ROUTE,
+        current=ROUTE,
         actor="ada",
         begun_ms=1,
         phase="step",

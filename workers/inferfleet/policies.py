@@ -49,7 +49,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The stage in which the new version sees the traffic and answers nobody.
 
-    Each limit is what pairs may differ by beyond what the answering version differs from its repetition.
+    ``stop_at`` is the verdict on the compared answers that ends the rollout: block, warn or never.
     """
 
     enabled: bool = True
@@ -57,14 +57,7 @@ class ShadowPlan(msgspec.Struct, frozen=True, kw_only=True):
     secondary: Share = 0.05
     duration_s: Seconds = 1_800
     minimum_pairs: Count = 5_000
-    judge: bool = True
-    label_changes: Share = 0.03
-    hard_flips: Share = 0.01
-    class_points: Share = 0.05
-    mean_distance: Share = 0.05
-    embedding_distance: Annotated[float, Meta(ge=0, le=2)] = 0.05
-    bias: Annotated[float, Meta(ge=0)] = 0.1
-    text_distance: Share = 0.3
+    stop_at: Literal["block", "warn", "never"] = "block"
 
 
 class Guardrails(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +91,7 @@ class Holds(msgspec.Struct, frozen=True, kw_only=True):
     srm_p: Chance = 0.001
     srm_keys: Annotated[int, Meta(ge=1)] = 8
     lag_windows: Annotated[int, Meta(ge=2, le=20)] = 3
+    lag_records: Count = 1_000
     stale_s: Annotated[float, Meta(ge=1, le=86_400)] = 120
 
 
@@ -117,7 +111,11 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AbTest(msgspec.Struct, frozen=True, kw_only=True):
-    """An A/B test: both versions answer until labels say which is better, or the last look says neither."""
+    """An A/B test: both versions answer until labels say which is better, or the last look says neither.
+
+    ``output`` is for the metric ``accuracy``: the output whose largest entry is a row's class, by default the
+    first one of an answer.
+    """
 
     share: Annotated[float, Meta(gt=0, lt=1)] = 0.5
     alpha: Chance = 0.05
@@ -127,6 +125,7 @@ class AbTest(msgspec.Struct, frozen=True, kw_only=True):
     horizon_s: Seconds = 86_400
     limit_s: Seconds = 14 * 86_400
     feedback: str = ""
+    output: str = ""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):

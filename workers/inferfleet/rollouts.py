@@ -10,23 +10,26 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from inferfleet.errors import ConfigError
+from inferfleet.errors import ConfigError, InferfleetError
 from inferfleet.policies import Kind, Policy
 from inferfleet.routes import Route
 
 FORMAT = 1
 KEPT_DECISIONS = 200
 
-Phase: TypeAlias = Literal[
-    "shadow", "step", "gate", "test", "bake", "done", "aborted", "inconclusive"
-]  # fmt: skip
+Phase: TypeAlias = Literal["shadow", "step", "gate", "test", "bake", "done", "aborted", "inconclusive"]
 """Where a rollout stands. ``test`` is an A/B test's; ``gate`` waits for approvals before ``next_percent``;
 ``bake`` is after promotion, with the old version warm. The last three never change any more."""
 
 Effect: TypeAlias = Literal["none", "barrier", "retroactive"]
-"""How a route takes effect: by an announcement and the ready barrier, or at once at an earlier time."""
+"""How a route takes effect: through an announcement and the ready barrier, or at once, at a time that may be
+past. What is gone back to is warm everywhere, so that it needs no barrier."""
 
 ENDED: frozenset[str] = frozenset({"done", "aborted", "inconclusive"})
+
+
+class RefusedError(InferfleetError):
+    """What a person asked of a rollout cannot be done as it stands; says why and what can."""
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,12 +83,14 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """One rollout of ``to_version`` on a route, in one value.
 
-    ``before`` is the route as it stood, and what an abort goes back to. ``step`` counts the policy's steps
+    ``before`` is the route as it stood, and what an abort goes back to; ``current`` the one decided on last.
+    ``step`` counts the policy's steps
     from 0, -1 before the first. ``effect`` says that a route was decided on and is not in force yet;
     ``revision`` is the last one that is in force, ``first_revision`` and ``first_ms`` the first and its time,
     ``promoted_revision`` the one from which the new version answers alone. ``watched_s`` is how long the
     current phase was in force and seen without a hold, ``age_s`` how long it has lasted in all; both grow by
     observation only, so that neither a jump of the clock nor a coordinator's absence makes time pass.
+    ``canary_from`` and ``control_from`` are the messages that the arms had answered when the step began.
     ``holds`` are those that stand, ``hold_count`` those that began in this phase.
     """
 
@@ -100,6 +105,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     to_version: str
     digest: str
     before: Route
+    current: Route
     actor: str
     begun_ms: int
     reason: str = ""
@@ -116,6 +122,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     last_ms: int = 0
     watched_s: float = 0.0
     age_s: float = 0.0
+    canary_from: float = 0.0
+    control_from: float = 0.0
     holds: tuple[Hold, ...] = ()
     hold_count: int = 0
     paused: Pause | None = None
