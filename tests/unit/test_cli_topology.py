@@ -16,11 +16,13 @@ from inferfleet.cli.rabbit_topology import (
     DELIVERY_LIMIT,
     Binding,
     Exchange,
+    Fan,
     Permission,
     Queue,
     RabbitPlan,
     plan_permissions,
     plan_rabbitmq,
+    shadow_fans,
 )
 from inferfleet.cli.topology import Need, Principals, needs, plan_rights, plan_topics
 from inferfleet.config import Config, parse
@@ -327,3 +329,64 @@ def test_routes_on_rabbitmq_are_shown_as_they_are_written(fleet: Path) -> None:
     assert "rabbitmq:work" in shown("list")
     assert "rabbitmq:answers/done, kafka:out, reply" in shown("show", "r")
     assert routes(shown("show", "r", "--toml")) == routes(text)
+
+
+# Detached shadows
+
+PRIMARY = route("rabbitmq:work", "redis", name="primary")
+SHADOW = """
+[[route]]
+name = "next"
+source = "rabbitmq:work.next"
+shadow_of = "primary"
+pool = "shadow"
+model = "m"
+version = "2"
+"""
+
+
+def test_a_detached_shadow_has_a_queue_beside_its_primarys() -> None:
+    """Both are bound to one exchange under one key, so that each gets every request."""
+    table = routes(PRIMARY, SHADOW)
+    fans = shadow_fans(table[1:], table)
+    planned = plan_rabbitmq(Config(), table[1:], fans)
+    client = next(each for each in plan_permissions(Config(), table, WHO, fans) if each.user == "c")
+
+    assert fans == [Fan("next", "primary", "work", "work", "work.next", "work", ours=True)]
+    assert planned.exchanges == (Exchange("work", ("primary", "next")),)
+    assert planned.bindings == (Binding("work", "work", "work"), Binding("work", "work.next", "work"))
+    assert re.search(client.write, "work")
+
+
+def test_an_exchange_that_stands_gets_only_the_shadows_binding() -> None:
+    """What producers publish to already is not declared anew."""
+    table = routes(PRIMARY, SHADOW)
+    planned = plan_rabbitmq(Config(), table[1:], shadow_fans(table, table, "orders/new"))
+
+    assert planned.exchanges == ()
+    assert planned.bindings == (Binding("orders", "work.next", "new"),)
+
+
+def test_a_shadow_on_its_primarys_queue_is_refused() -> None:
+    """It would take requests away; without its primary nobody knows what it is to see."""
+    same = routes(PRIMARY, SHADOW.replace("work.next", "work"))
+    with pytest.raises(ConfigError, match="needs a queue of its own, such as"):
+        shadow_fans(same, same)
+    with pytest.raises(ConfigError, match='shadow_of = "primary" names no rabbitmq route'):
+        shadow_fans(same[1:], same[1:])
+
+
+def test_the_plan_says_what_a_shadow_sees(tmp_path: Path) -> None:
+    """In text and as commands."""
+    (tmp_path / "fleet.toml").write_text("")
+    (tmp_path / "routes.toml").write_text(PRIMARY + SHADOW)
+
+    def plan(*arguments: str) -> str:
+        command = ["--config", str(tmp_path / "fleet.toml"), "topics", "plan", "next", *arguments]
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert "route next sees what is published to exchange work with key work" in plan()
+    assert "exchange orders with key work" in plan("--source-exchange", "orders")
+    assert json.loads(plan("--json"))["bindings"][-1]["queue"] == "work.next"

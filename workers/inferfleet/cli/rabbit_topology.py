@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -67,6 +68,21 @@ class Binding(msgspec.Struct, frozen=True):
     key: str
 
 
+class Fan(NamedTuple):
+    """How a detached shadow gets its own copy of each request: its queue is bound beside the primary's.
+
+    Producers publish to ``exchange`` with ``key``; ``ours``: the exchange is made for it, else it stands.
+    """
+
+    shadow: str
+    primary: str
+    exchange: str
+    key: str
+    queue: str
+    primary_queue: str
+    ours: bool
+
+
 class RabbitPlan(msgspec.Struct, frozen=True):
     """Everything that some routes need in one virtual host, in the order in which it can be declared."""
 
@@ -101,7 +117,35 @@ def queue_arguments(config: Config, route: Route, role: Role, name: str) -> Argu
     return arguments
 
 
-def plan_rabbitmq(config: Config, routes: Iterable[Route]) -> RabbitPlan:
+def shadow_fans(routes: Iterable[Route], table: Iterable[Route], exchange: str = "") -> list[Fan]:
+    """Return how the detached shadows among ``routes`` get their requests on RabbitMQ.
+
+    ``table`` are all routes, among which their primaries are. ``exchange`` is ``NAME`` or ``NAME/KEY`` of the
+    one that producers publish to; without it the plan makes one of the primary queue's name. Raises
+    ConfigError for a shadow without a primary or without a queue of its own.
+    """
+    by_name = {each.name: each for each in table}
+    found: list[Fan] = []
+    for each in routes:
+        if each.shadow_of is None or each.source.kind != "rabbitmq":
+            continue
+        primary = by_name.get(each.shadow_of)
+        if primary is None or primary.source.kind != "rabbitmq":
+            raise ConfigError(f'route "{each.name}": shadow_of = "{each.shadow_of}" names no rabbitmq route')
+        queue = primary.source.name
+        if each.source == primary.source:
+            raise ConfigError(
+                f'route "{each.name}": a shadow on RabbitMQ needs a queue of its own, such as '
+                f'"rabbitmq:{queue}.{each.pool}": from the queue of "{primary.name}" it would take some away'
+            )
+        name, _, key = exchange.partition("/")
+        found.append(
+            Fan(each.name, primary.name, name or queue, key or queue, each.source.name, queue, not name)
+        )
+    return found
+
+
+def plan_rabbitmq(config: Config, routes: Iterable[Route], fans: Sequence[Fan] = ()) -> RabbitPlan:
     """Return every queue, exchange and binding that the routes need, each once.
 
     Raises ConfigError for a derived name that AMQP cannot carry.
@@ -130,6 +174,13 @@ def plan_rabbitmq(config: Config, routes: Iterable[Route]) -> RabbitPlan:
                 exchanges[name] = Exchange(name, tuple(names))
             add(Queue(key, ("results",), (route.name,), {"x-queue-type": QUORUM}, proposed=True))
             bindings[Binding(name, key, key)] = None
+    for fan in fans:
+        if fan.ours:
+            known = exchanges.get(fan.exchange)
+            names = dict.fromkeys((*(known.routes if known else ()), fan.primary, fan.shadow))
+            exchanges[fan.exchange] = Exchange(fan.exchange, tuple(names))
+            bindings[Binding(fan.exchange, fan.primary_queue, fan.key)] = None
+        bindings[Binding(fan.exchange, fan.queue, fan.key)] = None
     return RabbitPlan(tuple(queues.values()), tuple(exchanges.values()), tuple(bindings))
 
 
@@ -146,7 +197,9 @@ def _joined(known: Queue | None, new: Queue) -> Queue:
     )
 
 
-def plan_permissions(config: Config, routes: Sequence[Route], who: Principals) -> list[Permission]:
+def plan_permissions(
+    config: Config, routes: Sequence[Route], who: Principals, fans: Sequence[Fan] = ()
+) -> list[Permission]:
     """Return what each user may do, exactly as much as running these routes needs; no user declares.
 
     Callers of routes that answer to ``reply`` make themselves a queue that the broker names.
@@ -159,6 +212,7 @@ def plan_permissions(config: Config, routes: Sequence[Route], who: Principals) -
     exchanges = [name for route in routes for name, _ in route_exchanges(route)]
     by_name = [DEFAULT_EXCHANGE] if any(map(writes_by_name, routes)) else []
     asked = [DEFAULT_EXCHANGE] if any(route.source.kind == "rabbitmq" for route in routes) else []
+    asked += [fan.exchange for fan in fans]
     replies = [r"amq\.gen-.*"] if any(d.kind == "reply" for route in routes for d in route.results) else []
     found = [
         Permission(who.worker, _NOTHING, _pattern([*exchanges, *by_name]), _pattern(sources)),

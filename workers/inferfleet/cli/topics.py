@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
-from inferfleet.cli.rabbit_topology import RabbitPlan, plan_permissions, plan_rabbitmq
+from inferfleet.cli.rabbit_topology import (
+    Fan,
+    RabbitPlan,
+    plan_permissions,
+    plan_rabbitmq,
+    shadow_fans,
+)
 from inferfleet.cli.topic_forms import (
     acl_commands,
     definition_commands,
@@ -49,6 +55,12 @@ def topics() -> None:
     show_default=True,
     help="The user of status, doctor and dlt.",
 )
+@click.option(
+    "--source-exchange",
+    default="",
+    metavar="NAME[/KEY]",
+    help="RabbitMQ, detached shadows: where producers publish; by default one of the source queue's name.",
+)
 @pass_session
 def plan(
     session: Session,
@@ -61,6 +73,7 @@ def plan(
     principal: str,
     client_principal: str,
     operator_principal: str,
+    source_exchange: str,
 ) -> None:
     """Print every topic, queue and exchange of the routes (all, if none is named).
 
@@ -74,18 +87,20 @@ def plan(
         raise click.UsageError("--apply goes with --format text or json")
     config = session.config
     routes = chosen(session, route_names)
-    needed, queues = plan_topics(config, routes, partitions, replication), plan_rabbitmq(config, routes)
+    fans = shadow_fans(routes, session.routes.routes, source_exchange)
+    needed, queues = plan_topics(config, routes, partitions, replication), plan_rabbitmq(config, routes, fans)
     who = Principals(principal, client_principal, operator_principal)
     if applied:
         _apply(config, needed, queues, form == "json")
     elif form == "text":
         _print(needed, queues)
+        _print_fans(fans)
     elif form == "sh":
         click.echo("\n".join([*topic_commands(config, needed), *definition_commands(config, queues)]))
     elif form == "strimzi":
         click.echo("---\n".join(resources(config, needed, queues)), nl=False)
     else:
-        rights, permissions = plan_rights(config, routes, who), plan_permissions(config, routes, who)
+        rights, permissions = plan_rights(config, routes, who), plan_permissions(config, routes, who, fans)
         if form == "json":
             rabbitmq = {"queues": queues.queues, "exchanges": queues.exchanges, "bindings": queues.bindings}
             echo_json({"topics": needed, "rights": rights, **rabbitmq, "permissions": permissions})
@@ -131,6 +146,14 @@ def _print(needed: Sequence[Topic], plan: RabbitPlan) -> None:
         ),
     ]
     _print_tables(tables)
+
+
+def _print_fans(fans: Sequence[Fan]) -> None:
+    for fan in fans:
+        click.echo(
+            f"\nroute {fan.shadow} sees what is published to exchange {fan.exchange} with key {fan.key}; "
+            f"what is sent to queue {fan.primary_queue} by its name, as `inferfleet submit` does, it does not see"
+        )
 
 
 def _print_tables(tables: Sequence[tuple[Sequence[str], Sequence[Sequence[object]]]]) -> None:
