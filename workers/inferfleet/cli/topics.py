@@ -152,7 +152,7 @@ def _print_fans(fans: Sequence[Fan]) -> None:
     for fan in fans:
         click.echo(
             f"\nroute {fan.shadow} sees what is published to exchange {fan.exchange} with key {fan.key}; "
-            f"what is sent to queue {fan.primary_queue} by its name, as `inferfleet submit` does, it does not see"
+            f"what is sent to queue {fan.primary_queue} itself, as `inferfleet submit` does, it does not"
         )
 
 
