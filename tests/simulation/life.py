@@ -23,7 +23,7 @@ from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.testing.clock import FakeClock
 from inferfleet.testing.marks import MemoryMarks
 from inferfleet.testing.puppet import PuppetModel, Script
-from inferfleet.worker import lifecycle
+from inferfleet.worker import lifecycle, versions
 from inferfleet.worker.engine import BatchRunner, Engine, Finished, Loaded
 from inferfleet.worker.lifecycle import Adapters, Worker
 from tests.simulation.audit import Audit
@@ -116,7 +116,7 @@ class Life:
         self.sent = 0
         self.waits = 0
         patch.setattr(HandEngine, "made", self.engines, raising=False)
-        patch.setattr(lifecycle, "Engine", HandEngine)
+        patch.setattr(versions, "Engine", HandEngine)
         # The collector's settings belong to a whole process, which here is the test run's.
         nothing = SimpleNamespace(collect=int, freeze=int, set_threshold=lambda *_: None)
         patch.setattr(lifecycle, "gc", nothing)
@@ -161,6 +161,14 @@ class Life:
     def wishes(self, model: str, version: str) -> BatchingWishes:
         """Nothing in particular."""
         return NoWishes()
+
+    def holds_bytes(self, model: str, version: str) -> int:
+        """As much as its number says."""
+        return int(version) * 100
+
+    def digest(self, model: str, version: str) -> str:
+        """Its name will do."""
+        return f"digest of {model}:{version}"
 
     def produce(self, count: int = 5) -> None:
         """Send requests."""

@@ -13,6 +13,7 @@ CONTRACT = {
     "requests_total", "request_seconds", "stage_seconds", "batch_rows", "batch_seconds", "queue_rows",
     "in_flight_rows", "padding_ratio", "consumer_lag", "oldest_request_seconds", "dead_letters_total",
     "retries_total", "redeliveries_total", "results_lost_total", "shadow_requests_total", "route_revision",
+    "route_revision_age_seconds",
     "model_ready", "build_info",
 }  # fmt: skip
 LABELS = {"route", "model", "version", "variant", "role", "outcome", "stage", "code", "le", "worker"}
@@ -37,6 +38,7 @@ def filled() -> PrometheusMetrics:
     metrics.shadow_outcomes("r", "2", "ok", 4)
     metrics.shadow_shed("r", "2", 5)
     metrics.route_revision("8c946b23224b")
+    metrics.route_revision_age(0.0)
     metrics.model_ready("m", "1", True)
     return metrics
 

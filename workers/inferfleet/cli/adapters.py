@@ -15,10 +15,10 @@ from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, Resu
 from inferfleet.routes import Route
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.worker.engine import SLOTS
-from inferfleet.worker.lifecycle import Models
 from inferfleet.worker.outlets import Outlets
 from inferfleet.worker.plan import max_batch_size
 from inferfleet.worker.sources import Sources
+from inferfleet.worker.versions import Models
 
 if TYPE_CHECKING:
     from inferfleet.brokers.rabbitmq_link import RabbitLink

@@ -16,12 +16,12 @@ import structlog
 
 from inferfleet import __version__
 from inferfleet.cli.frame import Session
+from inferfleet.cli.loading import RepositoryModels
 from inferfleet.cli.slot import with_worker_id
 from inferfleet.cli.starting import check_rabbitmq, check_topics, wait_for_kafka
 from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
 from inferfleet.config import Config, check_supported
 from inferfleet.errors import ConfigError
-from inferfleet.ports import BatchingWishes, LoadedModel
 from inferfleet.routes import RouteTable, load_routes
 from inferfleet.telemetry.logs import configure
 from inferfleet.telemetry.metrics import PrometheusMetrics
@@ -34,30 +34,6 @@ log = structlog.get_logger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may hold the interpreter while another wants it: a device thread that has finished
 must not wait the default 5 ms behind the loop."""
-
-
-class RepositoryModels:
-    """Model versions from the repository, on one device."""
-
-    def __init__(self, config: Config) -> None:
-        from inferfleet.models.repository import Repository
-
-        self._repository = Repository(config.models_path, config.models.trusted)
-        self._device = config.worker.device
-        self._threads = config.worker.threads
-        self._wishes: dict[tuple[str, str], BatchingWishes] = {}
-
-    def load(self, model: str, version: str) -> LoadedModel:
-        """Verify, load, check and warm up."""
-        from inferfleet.runtimes import registry
-
-        found = self._repository.fetch(model, version)
-        self._wishes[model, version] = found.batching
-        return registry.load(found, self._device, self._threads)
-
-    def wishes(self, model: str, version: str) -> BatchingWishes:
-        """Return a loaded version's ``[batching]``; the worker loop asks, so no file is read."""
-        return self._wishes[model, version]
 
 
 @click.command()
@@ -137,6 +113,7 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
             marks=joined.marks,
             brokers=joined.brokers,
             follow=joining.follow,
+            release=__version__,
         ),
     )
     _on_signals(running, config.worker.drain_timeout_s)

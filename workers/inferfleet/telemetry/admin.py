@@ -39,7 +39,9 @@ class Health(NamedTuple):
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker says of itself at ``/status``, and what ``inferfleet status`` reads.
 
-    ``paused`` maps a route to the reason; ``assignment`` maps a topic to its partitions.
+    ``paused`` maps a route to the reason; ``assignment`` maps a topic to its partitions. ``adopted`` maps a
+    route to its newest revision here, ``refused`` a version to why it cannot be served; ``stale`` says why
+    the routes may be old.
     """
 
     worker: str
@@ -50,6 +52,9 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     paused: dict[str, str] = {}
     assignment: dict[str, list[int]] = {}
     models: dict[str, str] = {}
+    adopted: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    stale: str = ""
     in_flight_rows: int = 0
     in_flight_bytes: int = 0
     oldest_request_seconds: float = 0.0

@@ -159,6 +159,11 @@ class PrometheusMetrics:
             "The route revision in force as a number; hashes are read as hexadecimal.",
             registry=self.registry,
         )
+        self._revision_age = Gauge(
+            f"{PREFIX}route_revision_age_seconds",
+            "For how long the routes could not be followed; 0 while they are.",
+            registry=self.registry,
+        )
         self._model_ready = self._gauge("model_ready", "1 when loaded, checked and warm.", "model", "version")
         build = Gauge(f"{PREFIX}build_info", "Always 1.", ("version", "worker"), registry=self.registry)
         build.labels(version, worker).set(1)
@@ -244,8 +249,13 @@ class PrometheusMetrics:
         self._shadow_shed[route, version].inc(count)
 
     def route_revision(self, revision: str) -> None:
-        """This revision is in force: a number, or a hexadecimal hash of at most 13 digits."""
-        self._revision.set(int(revision) if revision.isdecimal() else int(revision, 16))
+        """This revision is in force: a number, or a hexadecimal hash of 12 digits."""
+        number = revision.isdecimal() and len(revision) < 12
+        self._revision.set(int(revision or "0") if number or not revision else int(revision, 16))
+
+    def route_revision_age(self, seconds: float) -> None:
+        """For so long the routes could not be followed; 0 while they are."""
+        self._revision_age.set(seconds)
 
     def model_ready(self, model: str, version: str, ready: bool) -> None:
         """Whether a version is loaded, checked and warm."""

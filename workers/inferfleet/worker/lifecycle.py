@@ -8,10 +8,9 @@ outlets close, the device threads last.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 import structlog
 
@@ -19,52 +18,35 @@ from inferfleet.addresses import on_rabbitmq
 from inferfleet.config import Config
 from inferfleet.control_ports import Reporter, RouteFeed
 from inferfleet.core.retry import RetryPolicy
-from inferfleet.errors import BrokerError, ConfigError, InferfleetError, ModelLoadError
-from inferfleet.ports import (
-    BatchingWishes,
-    Clock,
-    CrashMarks,
-    Intake,
-    LoadedModel,
-    Outlet,
-    PauseBoard,
-    ResultOutlet,
-)
+from inferfleet.errors import BrokerError, ConfigError, InferfleetError
+from inferfleet.plane import version_name
+from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, ResultOutlet
 from inferfleet.records import Stream
-from inferfleet.routes import Route, RouteTable
+from inferfleet.revisions import RouteLog
+from inferfleet.routes import Route
 from inferfleet.telemetry.admin import Health, WorkerStatus
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.adopting import Adopting
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
-from inferfleet.worker.engine import Engine, Loaded, News
+from inferfleet.worker.engine import Loaded, News
+from inferfleet.worker.heart import Heart
 from inferfleet.worker.loop import IDLE_WAIT_S, LoopOptions, WorkerLoop
 from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan
-from inferfleet.worker.schedule import Schedule
+from inferfleet.worker.versions import REFUSED_AGAIN_S, Models, Versions
 
 log = structlog.get_logger(__name__)
 
 FEED_EVERY_S = 0.1
-REFUSED_AGAIN_S = 20.0
-"""A refused revision is tried again after this long: what it names may have been copied since."""
+REVIEW_EVERY_S = 1.0
+"""How often what is served is looked at anew although nothing was heard: time alone changes it."""
 GAUGES_EVERY_S = 1.0
 IDLE_CHECK_TIMEOUT_S = 2.0
 LEAVE_S = 3.0
 """The share of the drain time (half of it at most) that leaving, flushing and closing may need."""
 GC_THRESHOLDS = (500_000, 20, 50)
-
-Version = tuple[str, str]
-
-
-class Models(Protocol):
-    """Where model versions come from; both methods verify before they parse."""
-
-    def load(self, model: str, version: str) -> LoadedModel:
-        """Fetch, load, check and warm up; blocks, called from the version's device thread."""
-
-    def wishes(self, model: str, version: str) -> BatchingWishes:
-        """Return what the version's ``[batching]`` asks for."""
 
 
 def _nobody_follows(routes: tuple[Route, ...]) -> None:
@@ -94,6 +76,8 @@ class Adapters:
     """Told of the pool's routes before they are taken from: how much to prefetch, where retries wait."""
     strict: bool = True
     """Whether the start fails where a version does not load; else its route waits, and the others serve."""
+    release: str = ""
+    """What this worker says that it is a release of."""
 
 
 class Worker:
@@ -104,13 +88,11 @@ class Worker:
         self._to = adapters
         self._clock = adapters.clock
         self._stopping = False
-        self._engines: dict[Version, Engine] = {}
-        self._leaving: list[Engine] = []
-        self._table = RouteTable("", ())
-        self._next_table: RouteTable | None = None
+        self._started = False
         self._serving = False
-        self._refused_revision = ""
-        self._refused_at = 0.0
+        self._refused_at: float | None = None
+        self._told: dict[str, object] = {}
+        self._shape: list[tuple[object, ...]] | None = None
         self._oldest_ms: int | None = None
         brakes = self._brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
         self._careful = Careful(adapters.marks)
@@ -136,6 +118,26 @@ class Worker:
             adapters.metrics,
             adapters.clock,
             LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
+        )
+        self._versions = Versions(
+            adapters.models,
+            self.loop.engines,
+            adapters.news,
+            adapters.metrics,
+            adapters.clock,
+            config.models.memory_bytes,
+        )
+        self._adopting = Adopting(config, adapters.models.wishes, self._check)
+        self._heart = Heart(
+            config,
+            adapters.feed,
+            adapters.reporter,
+            self.loop,
+            self._versions,
+            self._adopting,
+            adapters.metrics,
+            adapters.clock,
+            adapters.release,
         )
         if adapters.reporter is not None:
             self.loop.observing = self.loop.shadowing.observing = Observing(
@@ -169,77 +171,69 @@ class Worker:
     # Start
 
     def _start(self) -> None:
-        table = self._to.feed.log().table()
+        self._adopting.found(self._first_log())
         # So that what is paused is known when the first record could be taken.
-        self._brakes.routes([route.name for route in table.of_pool(self._config.worker.pool)])
-        self._want(table)
-        while not self._stopping and not self._all_loaded(table):
+        self._brakes.routes(self._adopting.names)
+        self._want(self._clock.utc_ms())
+        while not self._stopping and self._versions.loading:
+            self._heart.beat(draining=False)
             try:
                 item = self._to.news.get(timeout=0.2)
             except Empty:
                 continue
             if isinstance(item, Loaded):
-                if item.error is not None:
-                    raise _load_error(item)
-                self._ready(item.engine)
+                self._versions.heard([item], self._adopting.label)
+                self._end_if_lacking()
         if not self._stopping:
-            self._adopt(table)
+            self._end_if_lacking()
+            self._take_over(self._clock.utc_ms())
+            self._started = True
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
 
-    def _want(self, table: RouteTable) -> None:
-        """Start loading every version that ``table`` names and that is not loaded yet."""
-        for route in table.of_pool(self._config.worker.pool):
-            for variant in route.variants:
-                key = (route.model, variant.version)
-                if key in self._engines:
-                    continue
-                leaving = [e for e in self._leaving if (e.model, e.version) == key]
-                if leaving:  # still warm: a version never has two engines
-                    self._leaving.remove(leaving[0])
-                    self._engines[key] = leaving[0]
-                    continue
-                engine = Engine(*key, _loader(self._to.models, *key), self._to.news, self._clock)
-                self._engines[key] = engine
-                engine.start()
+    def _end_if_lacking(self) -> None:
+        """Refuse to start without a version that somebody at the terminal has asked for."""
+        missing = self._adopting.missing(self._versions.loaded, self._clock.utc_ms())
+        for key, error in self._versions.refused.items():
+            if self._to.strict and key in missing:
+                raise error
 
-    def _all_loaded(self, table: RouteTable) -> bool:
-        return all(self._engines[key].signature is not None for key in self._versions(table))
+    def _first_log(self) -> RouteLog:
+        try:
+            return self._to.feed.log()
+        except ConfigError as error:
+            if self._to.strict:
+                raise
+            # It is told once; the other routes are good.
+            log.error("routes_refused", error=str(error), kept="")
+            return self._to.feed.log()
 
-    def _versions(self, table: RouteTable) -> set[Version]:
-        routes = table.of_pool(self._config.worker.pool)
-        return {(route.model, variant.version) for route in routes for variant in route.variants}
+    def _want(self, now_ms: int) -> None:
+        self._versions.want(self._adopting.wanted(now_ms))
 
-    def _ready(self, engine: Engine) -> None:
-        log.info("model_ready", model=engine.model, version=engine.version)
-        self._to.metrics.model_ready(engine.model, engine.version, True)
-        self.loop.engines.watch(engine)
+    def _take_over(self, now_ms: int) -> None:
+        """Serve what can be served now; every version that it names is loaded.
 
-    def _adopt(self, table: RouteTable) -> None:
-        """Serve ``table``; every version it names is loaded."""
-        plans = [
-            RoutePlan(route, table.revision, self._engines, self._to.models.wishes, self._config)
-            for route in table.of_pool(self._config.worker.pool)
-        ]
-        if self._to.results is None and (needy := [plan.name for plan in plans if plan.redis]):
-            # Nothing would keep their answers, and their records would be settled without any.
+        Raises InferfleetError where routes of a file cannot be served as they stand there.
+        """
+        schedules = self._adopting.schedules(self._versions.loaded, now_ms)
+        self._to.metrics.route_revision(self._adopting.label)
+        shape: list[tuple[object, ...]] = [(each.plan, *each.plans) for each in schedules]
+        if shape != self._shape:
+            self._shape = shape
+            self._to.follow(tuple(each.plan.route for each in schedules))
+            self.loop.use(schedules)
+            names = [each.name for each in schedules]
+            log.info("routes_adopted", revision=self._adopting.label, routes=names)
+
+    def _check(self, plan: RoutePlan) -> None:
+        if self._to.results is None and plan.redis:
+            # Nothing would keep its answers, and its records would be settled without any.
             raise ConfigError(
-                f"route {needy[0]} keeps results in redis, and no route did when this worker started; "
+                f"route {plan.name} keeps results in redis, and no route did when this worker started; "
                 "restart the worker"
             )
-        for plan in plans:
-            self._check_brokers(plan)
-        self._to.follow(table.of_pool(self._config.worker.pool))
-        self.loop.use([Schedule.always(plan) for plan in plans])
-        self._table = table
-        self._to.metrics.route_revision(table.revision)
-        log.info("routes_adopted", revision=table.revision, routes=[plan.name for plan in plans])
-        wanted = self._versions(table)
-        for key in [key for key in self._engines if key not in wanted]:
-            self._leaving.append(self._engines.pop(key))
-
-    def _check_brokers(self, plan: RoutePlan) -> None:
         for address in (plan.source, *plan.destinations):
             broker = "rabbitmq" if on_rabbitmq(address) else "kafka"
             if broker not in self._to.brokers:
@@ -251,22 +245,27 @@ class Worker:
     # Serve
 
     def _serve(self, until_idle_s: float | None) -> None:
-        routes_at = gauges_at = self._clock.monotonic()
+        looked_at = reviewed_at = gauges_at = self._clock.monotonic()
         idle_since: float | None = None
         while not self._stopping:
             took = self.loop.turn(IDLE_WAIT_S)
             now = self._clock.monotonic()
-            if self.loop.loaded:
-                self._heard_loaded()
+            news = bool(self.loop.loaded)
+            if news:
+                self._versions.heard(self.loop.loaded, self._adopting.label)
+                self.loop.loaded.clear()
+            if now - looked_at >= FEED_EVERY_S:
+                looked_at = now
+                news |= self._heard_routes()
+                self._heart.beat(draining=False)
+            if news or now - reviewed_at >= REVIEW_EVERY_S:
+                reviewed_at = now
+                self._review()
             if now - gauges_at >= GAUGES_EVERY_S:
                 gauges_at = now
                 self.loop.gauges()
                 self._oldest_ms = self.loop.ledger.oldest_timestamp_ms()
-                self._retire()
                 self._greet()
-            if now - routes_at >= FEED_EVERY_S:
-                routes_at = now
-                self._follow_routes()
             if until_idle_s is not None:
                 if took or self.loop.open or not self._to.intake.joined:
                     idle_since = None
@@ -288,63 +287,47 @@ class Worker:
         elif self._to.intake.denied is not None:
             raise BrokerError(self._to.intake.denied)
 
-    def _follow_routes(self) -> None:
-        """Re-read the routes; load what is new before anything changes, keep the old if anything is wrong."""
+    def _heard_routes(self) -> bool:
+        """Return whether there is a newer log; one that cannot be understood changes nothing."""
         try:
-            table = self._to.feed.log().table()
-            if table.revision == self._table.revision:
-                self._refused_revision = ""
-                self._next_table = None  # taken back while its versions were loading
-                return
-            if table.revision == self._refused_revision:
-                if self._clock.monotonic() - self._refused_at < REFUSED_AGAIN_S:
-                    return
-                self._refused_revision = ""
-            self._want(table)
-            self._next_table = table
-            self._switch_if_loaded()
+            found = self._to.feed.log()
         except InferfleetError as error:
-            log.error("routes_refused", error=str(error), kept=self._table.revision)
+            log.error("routes_refused", error=str(error), kept=self._adopting.label)
+            return False
+        if found is self._adopting.log or found == self._adopting.log:
+            return False
+        self._refused_at = None
+        self._adopting.found(found)
+        return True
 
-    def _heard_loaded(self) -> None:
-        for item in self.loop.loaded:
-            if item.error is None:
-                self._ready(item.engine)
-            else:
-                engine = item.engine
-                self._engines.pop((engine.model, engine.version), None)
-                self._leaving = [each for each in self._leaving if each is not engine]
-                self._to.metrics.model_ready(engine.model, engine.version, False)
-                log.error("model_refused", error=str(_load_error(item)), kept=self._table.revision)
-                if self._next_table is not None:
-                    self._refuse(self._next_table)
-        self.loop.loaded.clear()
-        self._switch_if_loaded()
+    def _review(self) -> None:
+        """Load what is wanted, take over what can be, and let go what nobody wants, in this order."""
+        # One time for all: what a plan counts on is not let go a moment later.
+        now, now_ms = self._clock.monotonic(), self._clock.utc_ms()
+        self._want(now_ms)
+        if self._refused_at is None or now - self._refused_at >= REFUSED_AGAIN_S:
+            self._refused_at = None
+            try:
+                self._take_over(now_ms)
+            except InferfleetError as error:
+                self._refused_at = now
+                log.error("routes_refused", error=str(error), kept=self._adopting.label)
+        self._tell()
+        self._want(now_ms)
+        self._versions.retire()
 
-    def _switch_if_loaded(self) -> None:
-        if self._next_table is None or not self._all_loaded(self._next_table):
-            return
-        table, self._next_table = self._next_table, None
-        try:
-            self._adopt(table)
-        except InferfleetError as error:
-            self._refuse(table)
-            log.error("routes_refused", error=str(error), kept=self._table.revision)
-
-    def _refuse(self, table: RouteTable) -> None:
-        self._refused_revision = table.revision
-        self._refused_at = self._clock.monotonic()
-        self._next_table = None
-
-    def _retire(self) -> None:
-        """Close engines that no route names any longer, once nothing of theirs is under way."""
-        idle = [e for e in self._leaving if self.loop.engines.watches(e) and not self.loop.engines.busy(e)]
-        for engine in idle:
-            self._leaving.remove(engine)
-            self.loop.engines.forget(engine)
-            engine.close()
-            self._to.metrics.model_ready(engine.model, engine.version, False)
-            log.info("model_unloaded", model=engine.model, version=engine.version)
+    def _tell(self) -> None:
+        """Say once what is not served as its newest revision wants, and why."""
+        told: dict[str, object] = {}
+        for name, error in self._adopting.refused.items():
+            told[f"{name} {error}"] = True
+            if f"{name} {error}" not in self._told:
+                log.error("route_refused", route=name, error=str(error))
+        for name, (number, lacking) in self._adopting.late(self._versions.loaded).items():
+            told[f"{name} {number}"] = True
+            if f"{name} {number}" not in self._told:
+                log.warning("revision_waits", route=name, revision=number, versions=lacking)
+        self._told = told
 
     # End
 
@@ -353,12 +336,13 @@ class Worker:
         timeout_s = self._config.worker.drain_timeout_s
         until = self._clock.monotonic() + timeout_s * 0.95
         log.info("draining", open=self.loop.open)
+        self._heart.beat(draining=True)
         unfinished = self.loop.drain(timeout_s - min(LEAVE_S, timeout_s / 2))
         self._to.intake.close()
         unconfirmed = self._to.outlet.close(self._left_s(until))
         if self._to.results is not None:
             unconfirmed += self._to.results.close(self._left_s(until))
-        engines = [*self._engines.values(), *self._leaving]
+        engines = self._versions.all
         for engine in engines:
             engine.close()
         for engine in engines:
@@ -379,8 +363,8 @@ class Worker:
     def health(self) -> Health:
         """Return whether the worker is ready: versions warm, and a member of its group."""
         reasons: list[str] = []
-        if not self._table.revision:
-            missing = [f"{m}:{v}" for (m, v), engine in self._engines.items() if engine.signature is None]
+        if not self._started:
+            missing = [version_name(*key) for key in self._versions.loading]
             reasons.append("loading " + " ".join(missing) if missing else "starting")
         elif not self._serving:
             reasons.append(f"not yet a member of {self._config.group}")
@@ -398,12 +382,15 @@ class Worker:
         return WorkerStatus(
             worker=self._config.worker_id,
             group=self._config.group,
-            revision=self._table.revision,
+            revision=self._adopting.label,
             ready=health.ready,
             reasons=health.reasons,
             paused=dict(self.loop.held),
             assignment={topic: sorted(numbers) for topic, numbers in assignment.items()},
-            models=_model_states(dict(self._engines)),
+            models=self._models(),
+            adopted=dict(self._adopting.adopted),
+            refused=self._adopting.refusals(self._versions.refused),
+            stale=self._heart.stale,
             in_flight_rows=self.loop.admission.rows,
             in_flight_bytes=self.loop.admission.bytes,
             oldest_request_seconds=0.0
@@ -411,25 +398,9 @@ class Worker:
             else max(0.0, (self._clock.utc_ms() - oldest) / 1000),
         )
 
+    def _models(self) -> dict[str, str]:
+        states = {version_name(*key): "loading" for key in self._versions.loading}
+        return states | {version_name(*key): "ready" for key in self._versions.loaded}
+
     def _streams(self) -> tuple[Stream, ...]:
         return self.loop.ledger.streams
-
-
-def _loader(models: Models, model: str, version: str) -> Callable[[], LoadedModel]:
-    return lambda: models.load(model, version)
-
-
-def _load_error(item: Loaded) -> InferfleetError:
-    if isinstance(item.error, InferfleetError):
-        return item.error
-    return ModelLoadError(
-        f"model {item.engine.model} version {item.engine.version} did not load: "
-        f"{type(item.error).__name__}: {item.error}"
-    )
-
-
-def _model_states(engines: Mapping[Version, Engine]) -> dict[str, str]:
-    return {
-        f"{model}:{version}": "loading" if engine.signature is None else "ready"
-        for (model, version), engine in engines.items()
-    }
