@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from inferfleet.core.evidence import Evidence
 from inferfleet.core.rollout import Start, Step, advance, begin, took_effect
+from inferfleet.evidence import Evidence
 from inferfleet.policies import Policy, default_policy
 from inferfleet.rollouts import Rollout, decode_rollout, encode_rollout
 from inferfleet.routes import Route, parse_routes

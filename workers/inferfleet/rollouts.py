@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 import msgspec
+from msgspec.structs import replace as replace
 
 from inferfleet.errors import ConfigError, InferfleetError
 from inferfleet.policies import Kind, Policy
@@ -86,6 +87,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     ``before`` is the route as it stood, and what an abort goes back to; ``current`` the one decided on last.
     ``step`` counts the policy's steps
     from 0, -1 before the first. ``effect`` says that a route was decided on and is not in force yet;
+    ``base`` is the route's last revision before the rollout, 0 where nobody has said;
     ``revision`` is the last one that is in force, ``first_revision`` and ``first_ms`` the first and its time,
     ``promoted_revision`` the one from which the new version answers alone. ``watched_s`` is how long the
     current phase was in force and seen without a hold, ``age_s`` how long it has lasted in all; both grow by
@@ -114,6 +116,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     next_percent: float = 0.0
     percent: float = 0.0
     effect: Effect = "none"
+    base: int = 0
     first_revision: int = 0
     first_ms: int | None = None
     revision: int = 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from inferfleet.core import comparing, sequential
-from inferfleet.core.evidence import CANARY, CONTROL, Evidence, Values
 from inferfleet.core.sequential import Estimate
+from inferfleet.evidence import CANARY, CONTROL, Evidence, Values
 from inferfleet.policies import Metric
 from inferfleet.rollouts import Look, Rollout
 

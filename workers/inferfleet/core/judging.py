@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from inferfleet.core import sequential, shadow_verdict
-from inferfleet.core.evidence import Arm, Evidence
 from inferfleet.core.sequential import Test, Times
+from inferfleet.evidence import Arm, Evidence
 from inferfleet.policies import Aborts, Guardrails, Policy
 from inferfleet.rollouts import Rollout
 

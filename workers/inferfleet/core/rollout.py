@@ -20,10 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from msgspec.structs import replace
-
 from inferfleet.core import ab, judging, rollout_routes
-from inferfleet.core.evidence import Evidence
 from inferfleet.core.judging import Finding
 from inferfleet.core.rollout_moves import Step as Step
 from inferfleet.core.rollout_moves import (
@@ -36,8 +33,9 @@ from inferfleet.core.rollout_moves import (
     through_gate,
     told,
 )
+from inferfleet.evidence import Evidence
 from inferfleet.policies import Policy
-from inferfleet.rollouts import Hold, Pause, RefusedError, Rollout
+from inferfleet.rollouts import Hold, Pause, RefusedError, Rollout, replace
 from inferfleet.routes import Route
 
 COUNTED_HOLDS = ("shadow", "step", "test")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from msgspec.structs import replace
-
 from inferfleet.core import rollout_routes
 from inferfleet.core.judging import Finding
-from inferfleet.rollouts import KEPT_DECISIONS, Decision, Effect, Phase, Rollout
+from inferfleet.rollouts import KEPT_DECISIONS, Decision, Effect, Phase, Rollout, replace
 from inferfleet.routes import Route
 
 

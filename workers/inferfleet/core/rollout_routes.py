@@ -6,10 +6,9 @@ until an abort, and the control slice gives no key to the canary nor takes one f
 
 from __future__ import annotations
 
-import msgspec
-
-from inferfleet.core.evidence import CANARY, CONTROL
 from inferfleet.core.ranges import replan
+from inferfleet.evidence import CANARY, CONTROL
+from inferfleet.rollouts import replace
 from inferfleet.routes import Route
 from inferfleet.variants import BUCKETS, Ranges, Shadow, Variant
 
@@ -22,7 +21,7 @@ def shadowed(before: Route, version: str, sample: float, secondary: float) -> Ro
     taken = {shadow.name for shadow in before.shadows}
     name = CANDIDATE if CANDIDATE not in taken else f"{CANDIDATE}-{version}"
     added = Shadow(name, version, sample, secondary)
-    return msgspec.structs.replace(before, shadows=(*before.shadows, added))
+    return replace(before, shadows=(*before.shadows, added))
 
 
 def stepped(before: Route, current: Route, version: str, percent: float, *, control: bool) -> Route:
@@ -46,7 +45,7 @@ def divided(before: Route, current: Route, version: str, *, canary: int, control
     variants = tuple(
         Variant(name, versions[name], count * 100 / BUCKETS, ranges[name]) for name, count in counts.items()
     )
-    return msgspec.structs.replace(before, variants=variants)
+    return replace(before, variants=variants)
 
 
 def promoted(before: Route, version: str, *, warm: bool) -> Route:
@@ -54,7 +53,7 @@ def promoted(before: Route, version: str, *, warm: bool) -> Route:
     variants = tuple(each._replace(version=version) for each in before.variants)
     old = before.variants[0].version
     kept = tuple(each for each in before.warm if each not in (old, version))
-    return msgspec.structs.replace(before, variants=variants, warm=(*kept, old) if warm else kept)
+    return replace(before, variants=variants, warm=(*kept, old) if warm else kept)
 
 
 def stable_name(route: Route) -> str:

@@ -5,11 +5,9 @@ Each takes who asks and why; refusals are :class:`~inferfleet.rollouts.RefusedEr
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from inferfleet.core import rollout_moves as moves
 from inferfleet.core.rollout_moves import Step
-from inferfleet.rollouts import Approval, Pause, RefusedError, Rollout
+from inferfleet.rollouts import Approval, Pause, RefusedError, Rollout, replace
 
 
 def pause(rollout: Rollout, actor: str, reason: str, now_ms: int) -> Step:
