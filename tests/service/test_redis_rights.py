@@ -14,12 +14,18 @@ import pytest
 import redis
 
 from inferfleet import Client
+from inferfleet.control.feed import FeedOptions, RedisRouteFeed
+from inferfleet.control.keys import COMMIT, REPORT
 from inferfleet.control.marks import RedisMarks
 from inferfleet.control.pauses import RedisPauses
+from inferfleet.control.reporter import RedisReporter
+from inferfleet.control.store import RedisControlStore
+from inferfleet.plane import WorkerReport
 from inferfleet.records import Results
 from inferfleet.redis_access import Place, open_redis
 from inferfleet.results.redis import RedisResults
 from tests.contract.answering import Answerer, TopicSource
+from tests.support.control import change, draft, window
 from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_server import RedisServer
 from tests.support.redis_writer import Receipts, Writer
@@ -52,10 +58,18 @@ def server(data_folder: Path) -> Iterator[RedisServer]:
     """A server that knows the page's users and has counted nothing yet."""
     with RedisServer(data_folder) as started:
         with started.client() as admin:
-            for user in ("fleet", "shop", "ops"):
+            for user in ("fleet", "shop", "ops", "coordinator"):
                 admin.execute_command(*documented(user))
+            write_routes(Place(started.url))
             admin.config_resetstat()
         yield started
+
+
+def write_routes(where: Place) -> None:
+    """Write a log of routes, with all rights."""
+    store = RedisControlStore(lambda: open_redis(where), FLEET, address=where.shown, utc_ms=lambda: 1_000)
+    store.commit(change(draft(), reset=True))
+    store.close()
 
 
 BY_THE_ADMINISTRATOR = {"hello", "auth", "client|setinfo", "config|resetstat", "info", "acl|log"}
@@ -102,6 +116,82 @@ def write_everything(where: Place) -> None:
     pauses.resume("digits")
     wait_until(lambda: not pauses._unsaid, 10, "the pause is taken away")
     pauses.close()
+    follow_and_report(where)
+
+
+class Told:
+    """A client that remembers what was answered."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.answered: list[str] = []
+
+    def execute_command(self, *words: Any) -> Any:
+        answer = self.client.execute_command(*words)
+        self.answered.append(words[0])
+        return answer
+
+    def close(self) -> None:
+        """The test closes it."""
+
+
+def follow_and_report(where: Place) -> None:
+    """Do with the worker's user all that a worker does in the control plane."""
+    told = Told(open_redis(where))
+    feed = RedisRouteFeed(
+        lambda: told,
+        FLEET,
+        address=where.shown,
+        copy=None,
+        options=FeedOptions(block_s=0.05),
+    )
+    feed.start()
+    assert feed.log().head.number >= 1
+    wait_until(lambda: told.answered.count("GET") > 3, 10, "it has read news, and looked at the head again")
+    assert not feed.stale
+    feed.close()
+    told.client.close()
+    reporter = RedisReporter(lambda: open_redis(where), FLEET, "default", "w-1")
+    reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
+    reporter.append([window()])
+    reporter.close()
+    assert reporter.dropped == 0
+
+
+def lead_everything(where: Place) -> None:
+    """Do with the coordinator's user all that it does, but for reading what workers say."""
+    store = RedisControlStore(lambda: open_redis(where), FLEET, address=where.shown, utc_ms=lambda: 1_000)
+    lease = store.lead("c-1", 60_000)
+    assert store.lead("c-1", 60_000) == lease
+    assert lease is not None
+    store.commit(change(draft(), documents={"r": (0, b"{}")}, lease=lease, reset=True))
+    store.commit(change(documents={"r": (1, None)}, lease=lease))
+    store.load()
+    store.history()
+    store.audit()
+    store.documents()
+    store.resign(lease)
+    store.workers()
+    store.windows("digits")
+    store.close()
+
+
+def test_a_coordinator_uses_exactly_the_rights_of_its_line(server: RedisServer) -> None:
+    """All that it does passes, and nothing is granted that it does not use."""
+    where = place(server, "coordinator")
+    with open_redis(where) as client:
+        client.ping()
+    lead_everything(where)
+    follow_and_report(place(server, "fleet"))
+    worker = commands(documented("fleet"))
+    with server.client() as admin:
+        admin.zadd(f"{{{FLEET}}}:workers:index", {"default:w-2": 1})
+    store = RedisControlStore(lambda: open_redis(where), FLEET, address=where.shown, utc_ms=lambda: 1_000)
+    assert store.workers() == []
+    assert len(store.windows("digits")[0]) == 1
+    store.close()
+    granted = commands(documented("coordinator"))
+    assert granted <= used(server) <= granted | worker
 
 
 def test_a_worker_uses_exactly_the_rights_of_its_line(server: RedisServer) -> None:
@@ -126,6 +216,19 @@ DENIED_TO_A_WORKER = [
     ("SET", "other:result:digits:a", "x"),
     ("SET", "inferfleet:else", "x"),
     ("SET", "{inferfleet}:routes", "x"),
+    ("HSET", "{inferfleet}:routes", "digits", "x"),
+    ("SET", "{inferfleet}:head", "x"),
+    ("DEL", "{inferfleet}:head"),
+    ("XADD", "{inferfleet}:revisions", "*", "a", "b"),
+    ("XADD", "{inferfleet}:audit", "*", "a", "b"),
+    ("XRANGE", "{inferfleet}:audit", "-", "+"),
+    ("HSET", "{inferfleet}:rollouts", "r", "x"),
+    ("HGETALL", "{inferfleet}:rollouts"),
+    ("SET", "{inferfleet}:lease", "x"),
+    ("INCR", "{inferfleet}:lease:token"),
+    ("EVALSHA", COMMIT.sha, 1, "{inferfleet}:head"),
+    ("EVALSHA", REPORT.sha, 1, "{inferfleet}:routes"),
+    ("XRANGE", "{inferfleet}:reports:digits", "-", "+"),
     ("HGET", "{inferfleet:result:digits:a}:again", "same"),
     ("XADD", "other:reply:c", "*", "a", "b"),
 ]
@@ -139,6 +242,15 @@ DENIED_TO_A_CALLER = [
     ("DEL", "{inferfleet}:paused:digits"),
     ("KEYS", "*"),
 ]
+DENIED_TO_A_COORDINATOR = [
+    ("GET", "inferfleet:result:digits:a"),
+    ("SET", "{inferfleet}:paused:digits", "x"),
+    ("SET", "{inferfleet}:workers:default:w-1", "x"),
+    ("XADD", "{inferfleet}:reports:digits", "*", "a", "b"),
+    ("SET", "{other}:head", "x"),
+    ("EVAL", "return 1", 0),
+    ("FLUSHALL",),
+]
 DENIED_TO_AN_OPERATOR = [
     ("GET", "inferfleet:result:digits:a"),
     ("SET", "inferfleet:result:digits:a", "x"),
@@ -149,7 +261,12 @@ DENIED_TO_AN_OPERATOR = [
 
 @pytest.mark.parametrize(
     ("user", "forbidden"),
-    [("fleet", DENIED_TO_A_WORKER), ("shop", DENIED_TO_A_CALLER), ("ops", DENIED_TO_AN_OPERATOR)],
+    [
+        ("fleet", DENIED_TO_A_WORKER),
+        ("shop", DENIED_TO_A_CALLER),
+        ("ops", DENIED_TO_AN_OPERATOR),
+        ("coordinator", DENIED_TO_A_COORDINATOR),
+    ],
 )
 def test_everything_else_is_denied(server: RedisServer, user: str, forbidden: list[tuple[Any, ...]]) -> None:
     """Other keys, other commands, and granted commands on keys that they are not meant for."""
@@ -230,6 +347,7 @@ def test_the_same_rights_are_enough_on_a_cluster(
     for user in ("fleet", "shop"):
         redis_cluster.on_all(*documented(user), *ON_A_CLUSTER)
     redis_cluster.on_all("ACL", "LOG", "RESET")
+    write_routes(Place(mode="cluster", nodes=redis_cluster.addresses))
     source = topic("requests")
     taking = TopicSource(kafka.bootstrap_servers, source, f"rights.{source}")
     nodes = redis_cluster.addresses

@@ -14,8 +14,8 @@ from inferfleet.control.keys import Keys
 from inferfleet.control.logbook import (
     Run,
     chain_entry,
+    decode_head,
     parser,
-    read_head,
     read_link,
     split_bodies,
 )
@@ -93,15 +93,15 @@ class Follower:
         """Compare the store's head with ours; read the whole log where it may be adopted and is newer."""
         own = self.log.head
         for _ in range(READS):
-            record, document = read_head(self._run, self._keys)
-            self.offered = record.head
-            link = read_link(self._run, self._keys, own.number) if record.head.number > own.number else None
-            verdict = adoption(own, record.head, link)
+            document = self._run("GET", self._keys.head)
+            found = self.offered = Head() if document is None else decode_head(document).head
+            link = read_link(self._run, self._keys, own.number) if found.number > own.number else None
+            verdict = adoption(own, found, link)
             if verdict is not Adoption.NEWER:
                 return verdict
             fields = self._run("HGETALL", self._keys.routes)
-            if read_head(self._run, self._keys)[1] == document:
-                self._adopt(record.head, fields)
+            if self._run("GET", self._keys.head) == document:
+                self._adopt(found, fields)
                 return Adoption.NEWER
         raise ControlError("the route log changes faster than it can be read")
 
