@@ -36,14 +36,14 @@ def dead_letter_address(config: Config, route: Route) -> str:
 
 def retry_addresses(config: Config, route: Route) -> list[str]:
     """Return where delayed attempts are published, one for each of ``[retry] delays_ms``."""
-    if route.order == "key":
+    if route.order == "key" or route.shadow_of is not None:
         return []  # a request that comes back later would overtake nobody and be overtaken by all
     return [_published(route, retry_name(config, route, delay)) for delay in config.retry.delays_ms]
 
 
 def retry_sources(config: Config, route: Route) -> list[str]:
     """Return the sources that delayed attempts are taken from when their time has come."""
-    if route.order == "key" or not config.retry.delays_ms:
+    if route.order == "key" or route.shadow_of is not None or not config.retry.delays_ms:
         return []
     if route.source.kind == "rabbitmq":
         return [rabbitmq_source(retry_name(config, route, READY))]

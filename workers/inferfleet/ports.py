@@ -6,7 +6,7 @@ the record path. Adapters that need a thread of their own hand their news over i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -107,6 +107,30 @@ class Intake(Protocol):
 
     def close(self) -> None:
         """Commit what was settled, leave the group and close, within a bound."""
+
+
+class Heard(NamedTuple):
+    """Outcomes of another route, as columns; a ``json_length`` is that of a binary body, else ``None``."""
+
+    ids: list[str]
+    bodies: list[bytes]
+    json_lengths: list[int | None]
+
+
+class OutcomeFeed(Protocol):
+    """What the workers of another route answer. Nothing here waits for a server, and nothing is promised:
+
+    an outcome may come before it is asked for, twice, or never.
+    """
+
+    def ask(self, ids: Sequence[str]) -> None:
+        """Say whose outcomes are wanted, where the source cannot bring them by itself."""
+
+    def poll(self) -> list[Heard]:
+        """Return what has come."""
+
+    def close(self) -> None:
+        """Stop, within a bound."""
 
 
 class Outlet(Protocol):

@@ -137,13 +137,13 @@ class Comparison(msgspec.Struct):
     ``embeddings``, ``regression`` or ``text``. ``identical``, ``close`` and ``different`` sum to ``pairs``;
     ``nonfinite`` counts pairs in which just one is not finite. ``flips`` counts changes from one label to
     another, written ``a>b``, ``agreed`` the labels that both gave; ``hard_flips`` are changes with a margin
-    above 0.1. ``signed`` is the sum of signed differences and ``signed_2`` of their squares; ``reference`` and
-    ``reference_2`` are the same of the primary's values, ``above`` and ``below`` hold the sizes of those that
-    are positive (or 0) and negative. ``distances`` holds the kind's own distance: 0 or 1, total variation,
-    1 - cosine, absolute difference, 1 - token F1. ``ratios`` holds the shadow's norm or length over the
-    primary's. ``spoiled`` counts texts that were not empty (or were JSON) and are not so from the shadow,
-    ``mended`` the reverse. With labels known, ``right_wrong`` and ``wrong_right`` count the discordant pairs of
-    McNemar's test; without, the answering version's repetition stands for the label.
+    above 0.1. ``signed`` is the sum of signed differences and ``signed_2`` of their squares; ``reference``
+    and ``reference_2`` are the same of the primary's values, ``above`` and ``below`` hold the sizes of those
+    that are positive (or 0) and negative. ``distances`` holds the kind's own distance: 0 or 1, total
+    variation, 1 - cosine, absolute difference, 1 - token F1. ``ratios`` holds the shadow's norm or length
+    over the primary's. ``spoiled`` counts texts that were not empty (or were JSON) and are not so from the
+    shadow, ``mended`` the reverse. With labels known, ``right_wrong`` and ``wrong_right`` count the
+    discordant pairs of McNemar's test; without, the answering version's repetition stands for the label.
     """
 
     kind: str = ""
@@ -181,10 +181,11 @@ class Window(msgspec.Struct, kw_only=True):
     for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
     ``seen`` (requests wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
     ``secondary`` (the primary against its own repetition); detached ones ``unmatched`` (no outcome of the
-    primary was found in time) and ``primary_errors`` (it was an error). ``crash`` says that the worker's last life ended
-    without being asked to; ``fallbacks`` counts records answered by the stable version because theirs
-    was gone. ``bad_ms`` is the time of the first and last failed outcome. ``key_groups`` holds, for each group of
-    keys (:func:`inferfleet.core.routing.key_group`), requests and those of ``failures`` among them.
+    primary was found in time) and ``primary_errors`` (it was an error). ``crash`` says that the worker's
+    last life ended without being asked to; ``fallbacks`` counts records answered by the stable version
+    because theirs was gone. ``bad_ms`` is the time of the first and last failed outcome. ``key_groups``
+    holds, where a route has several variants, for each group of keys
+    (:func:`inferfleet.core.routing.key_group`) its requests and those of ``failures`` among them.
     """
 
     worker: str

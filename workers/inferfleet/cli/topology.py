@@ -78,12 +78,15 @@ def uses_rabbitmq(routes: Iterable[Route]) -> bool:
 
 def shares_pauses(config: Config, pool: Iterable[Route]) -> bool:
     """Return whether the workers on these routes of one pool look for pauses in Redis."""
-    return config.control is not None or any(each.kind == "redis" for route in pool for each in route.results)
+    shared = config.control is not None or config.routes.source == "fleet"
+    return shared or any(each.kind == "redis" for route in pool for each in route.results)
 
 
 def retry_delays(config: Config, route: Route) -> list[int]:
-    """Return the delays of a route's retries; with ``order = "key"`` there are none."""
-    return [] if route.order == "key" else list(dict.fromkeys(config.retry.delays_ms))
+    """Return the delays of a route's retries; with ``order = "key"`` and for a shadow there are none."""
+    if route.order == "key" or route.shadow_of is not None:
+        return []
+    return list(dict.fromkeys(config.retry.delays_ms))
 
 
 def route_topics(config: Config, route: Route) -> list[tuple[Role, str]]:
@@ -92,7 +95,7 @@ def route_topics(config: Config, route: Route) -> list[tuple[Role, str]]:
     if route.source.kind == "kafka":
         found.append(("source", route.source.name))
     found += [("results", each.name) for each in route.results if each.kind == "kafka"]
-    if route.source.kind == "kafka":
+    if route.source.kind == "kafka" and route.shadow_of is None:
         found.append(("dead letters", dead_letter_name(config, route)))
         found += [("retries", retry_name(config, route, delay)) for delay in retry_delays(config, route)]
     return found
@@ -108,7 +111,7 @@ def route_queues(config: Config, route: Route) -> list[tuple[Role, str]]:
         found.append(("source", route.source.name))
     direct = [exchange_and_key(each.name) for each in route.results if each.kind == "rabbitmq"]
     found += [("results", key) for exchange, key in direct if not exchange]
-    if route.source.kind == "rabbitmq":
+    if route.source.kind == "rabbitmq" and route.shadow_of is None:
         found.append(("dead letters", dead_letter_name(config, route)))
         delays = retry_delays(config, route)
         found += [("retries", retry_name(config, route, delay)) for delay in delays]

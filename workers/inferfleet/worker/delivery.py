@@ -22,6 +22,7 @@ from inferfleet.wire import headers as names
 from inferfleet.wire.encode import STATUS_OK, ok_headers
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.deadletter import cut_letter, cut_outcome
+from inferfleet.worker.detached import Detached
 from inferfleet.worker.failing import Failing, failures_of
 from inferfleet.worker.handover import HandOver
 from inferfleet.worker.parking import Parking
@@ -54,6 +55,8 @@ class Delivery:
         self.on_settled: Callable[[Settling], None] = _nobody_listens
         self._max_result_bytes = max_result_bytes
         self._parking = Parking(outlet, clock)
+        self.detached: Detached | None = None
+        """Where answers of detached shadows go; without it they go nowhere, and their records are settled."""
 
     # Answers
 
@@ -65,6 +68,9 @@ class Delivery:
         """
         part = answer.part
         if not part.chunk.wanted:
+            return []
+        if plan.route.shadow_of is not None:
+            self._shadowed(plan, variant, answer)
             return []
         wrong = self._unfit(plan, variant, answer)
         if not wrong:
@@ -151,6 +157,10 @@ class Delivery:
 
     def row_failures(self, plan: RoutePlan, failures: Sequence[RowFailure], answered: int = 0) -> None:
         """End the requests of a batch that failed alone; ``answered`` first attempts of it did not."""
+        if plan.route.shadow_of is not None:
+            for each in failures:
+                self.fail(plan, failures_of(each.part, [0], [(each.code, each.text)]))
+            return
         self._failing.rows(plan, failures, answered)
 
     def expired(self, plan: RoutePlan, part: Requests) -> None:
@@ -160,11 +170,38 @@ class Delivery:
 
     def rejected(self, plan: RoutePlan, failures: Failures) -> None:
         """End requests that could not be read; where that is our fault, the route's brake counts it."""
-        self._failing.unread(plan, failures)
+        if plan.route.shadow_of is not None:
+            self.fail(plan, failures)
+        else:
+            self._failing.unread(plan, failures)
 
     def fail(self, plan: RoutePlan, failures: Failures) -> None:
-        """Publish one error outcome for each request, and a dead letter where its code asks for one."""
-        self._failing.fail(plan, failures)
+        """Publish one error outcome for each request, and a dead letter where its code asks for one.
+
+        Of a detached shadow's requests nobody is told: they are counted and settled.
+        """
+        if plan.route.shadow_of is None:
+            self._failing.fail(plan, failures)
+        elif failures.chunk.wanted:
+            if self.detached is not None:
+                self.detached.failed(plan, failures)
+            self._failing.settle(plan, failures)
+
+    # Detached shadows
+
+    def _shadowed(self, plan: RoutePlan, variant: VariantPlan, answer: Answer) -> None:
+        part = answer.part
+        outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
+        settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids, part.served)
+        if self.detached is None:
+            settling.close()
+        else:
+            self.detached.answered(plan, answer, settling)
+
+    def hear(self, now: float, *, flush: bool = False) -> None:
+        """Let detached shadows hear what their primaries answered."""
+        if self.detached is not None:
+            self.detached.poll(now, flush=flush)
 
     # What outlets say
 

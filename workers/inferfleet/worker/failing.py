@@ -131,6 +131,13 @@ class Failing:
         texts = [f"{text}; it is too large for another attempt" for text in failures.texts]
         self.publish(settling, failures._replace(texts=texts), plan.destinations, store=plan.redis)
 
+    def settle(self, plan: RoutePlan, failures: Failures) -> None:
+        """Settle failed requests without telling anybody."""
+        outcomes = _counted(plan, failures)
+        Settling(
+            self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, failures.served
+        ).close()
+
     def _end(self, plan: RoutePlan, failures: Failures) -> None:
         outcomes = _counted(plan, failures)
         settling = Settling(

@@ -185,7 +185,9 @@ class WorkerLoop:
         self._outlet.poll()
         if self._results is not None:
             self._results.poll()
-        self._delivery.retry_parked(self._clock.monotonic())
+        now = self._clock.monotonic()
+        self._delivery.retry_parked(now)
+        self._delivery.hear(now, flush=flush or self._draining)
         self._listen(0.0)
         self._again(self._brakes.released())
         self.engines.run(flush=flush or self._draining)

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from inferfleet.control_ports import Reporter
+from inferfleet.core.routing import KEY_GROUPS
 from inferfleet.errors import RULES, Code
 from inferfleet.ports import Clock
 from inferfleet.records import Array, BatchResult, Requests, RowFailure, Served
@@ -42,13 +43,13 @@ class FirstSeen:
         self._seen: dict[Served, set[int]] = {}
         self.full = False
 
-    def met(self, served: Served, keys: Iterable[bytes]) -> int:
-        """Return how many of ``keys`` come to this arm for the first time."""
+    def met(self, served: Served, keys: Iterable[int]) -> int:
+        """Return how many keys, by their hashes, come to this arm for the first time."""
         if self.full:
             return 0
         seen = self._seen.setdefault(served, set())
         before = len(seen)
-        seen.update(map(xxhash.xxh3_64_intdigest, keys))
+        seen.update(keys)
         new = len(seen) - before
         self._held += new
         if self._held >= self._bound:
@@ -83,6 +84,7 @@ class Observing:
         self._windows: dict[tuple[Served, str], Window] = {}
         self._spans: dict[tuple[Served, str], list[Array]] = {}
         self._waiting = 0
+        self._groups: dict[Served, Array] = {}
         self._first_seen: dict[tuple[str, str], FirstSeen] = {}
         self._closed_at = clock.monotonic()
         self._since_ms = clock.utc_ms()
@@ -94,7 +96,9 @@ class Observing:
         self._crashed = False
         for plan in plans:
             for variant in plan.variants:
-                self.window(variant.served).crash = True
+                detached = plan.route.shadow_of is not None
+                place = shadow_place(plan, variant.served) if detached else (variant.served, "primary")
+                self.window(*place).crash = True
             for shadow in plan.shadows:
                 self.window(shadow.served, "shadow").crash = True
         self.close()
@@ -120,21 +124,29 @@ class Observing:
         """A batch has ended; ``failures`` are its requests that failed, unfit answers included."""
         parts = result.batch.parts
         counts: dict[Served, tuple[int, int]] = {}
+        places: dict[Served, tuple[Served, str]] = {}
         for part in parts:
             if part.served is None:
                 continue
             requests, rows = counts.get(part.served, (0, 0))
             counts[part.served] = (requests + len(part), rows + part.total_rows)
             plan = whose(part)[0]
+            if plan.route.shadow_of is not None:
+                places[part.served] = shadow_place(plan, part.served)
             if len(plan.variants) > 1:
                 self._meet(plan, part, part.served)
-        bad: dict[Served | None, int] = {}
+        bad: dict[Served, int] = {}
         for failure in failures:
-            if RULES[failure.code].brake:
-                bad[failure.part.served] = bad.get(failure.part.served, 0) + 1
+            served = failure.part.served
+            if served is not None and RULES[failure.code].brake:
+                bad[served] = bad.get(served, 0) + 1
+                plan = whose(failure.part)[0]
+                if len(plan.variants) > 1:
+                    self._groups_of(served)[1, _digests(plan, failure.part)[0] % KEY_GROUPS] += 1
         total = sum([requests for requests, _ in counts.values()])
         for served, (requests, rows) in counts.items():
-            fill_batch(self.window(served), requests, rows, bad.get(served, 0), result.seconds / total)
+            window = self.window(*places.get(served, (served, "primary")))
+            fill_batch(window, requests, rows, bad.get(served, 0), result.seconds / total)
 
     def _meet(self, plan: RoutePlan, part: Requests, served: Served) -> None:
         key = (served.route, served.revision)
@@ -144,10 +156,20 @@ class Observing:
             for old in mine[: max(0, len(mine) - KEPT_REVISIONS + 1)]:
                 del self._first_seen[old]
             seen = self._first_seen[key] = FirstSeen()
+        digests = _digests(plan, part)
         window = self.window(served)
         if not seen.full:
-            window.first_seen += seen.met(served, plan.keys(part))
+            window.first_seen += seen.met(served, digests)
         window.first_seen_full = seen.full
+        groups = np.array(digests, np.uint64) % np.uint64(KEY_GROUPS)
+        self._groups_of(served)[0] += np.bincount(groups.astype(np.intp), minlength=KEY_GROUPS)
+
+    def _groups_of(self, served: Served) -> Array:
+        """Return the requests, and the failures among them, of each group of keys of an open window."""
+        found = self._groups.get(served)
+        if found is None:
+            found = self._groups[served] = np.zeros((2, KEY_GROUPS), np.int64)
+        return found
 
     def settled(self, settling: Settling, now_ms: int, seconds: Array) -> None:
         """Records have their confirmed outcome, ``seconds`` after their timestamps."""
@@ -155,8 +177,8 @@ class Observing:
         served = settling.served
         if served is None:
             served = Served(plan.name, plan.route.model, "", "", plan.revision)
-        key = (served, "primary")
-        window = self.window(served)
+        key = (served, "primary") if plan.route.shadow_of is None else shadow_place(plan, served)
+        window = self.window(*key)
         for (_, _, outcome), count in settling.outcomes.items():
             if not count:
                 continue
@@ -192,6 +214,10 @@ class Observing:
         """Hand on what was counted since the last time."""
         self._fold()
         now_ms = self._clock.utc_ms()
+        for served, counts in self._groups.items():
+            met = np.flatnonzero(counts[0]).tolist()
+            self.window(served).key_groups = {group: tuple(counts[:, group].tolist()) for group in met}
+        self._groups = {}
         windows = list(self._windows.values())
         for window in windows:
             window.end_ms = now_ms
@@ -199,6 +225,16 @@ class Observing:
         self._since_ms = now_ms
         if windows:
             self._reporter.append(windows)
+
+
+def shadow_place(plan: RoutePlan, served: Served | None) -> tuple[Served, str]:
+    """Return the window of a detached shadow's answers: it stands with the route whose requests it sees."""
+    version = "" if served is None else served.version
+    return Served(plan.route.shadow_of or "", plan.route.model, version, plan.name, plan.revision), "shadow"
+
+
+def _digests(plan: RoutePlan, part: Requests) -> list[int]:
+    return list(map(xxhash.xxh3_64_intdigest, plan.keys(part)))
 
 
 def fill_batch(window: Window, requests: int, rows: int, bad: int, each_s: float) -> None:
