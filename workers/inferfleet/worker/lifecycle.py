@@ -20,7 +20,7 @@ from inferfleet.control_ports import Reporter, RouteFeed
 from inferfleet.core.retry import RetryPolicy
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError
 from inferfleet.plane import version_name
-from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, ResultOutlet
+from inferfleet.ports import Clock, CrashMarks, Intake, OutcomeFeed, Outlet, PauseBoard, ResultOutlet
 from inferfleet.records import Stream
 from inferfleet.revisions import RouteLog
 from inferfleet.routes import Route
@@ -30,6 +30,7 @@ from inferfleet.worker.adopting import Adopting
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
+from inferfleet.worker.detached import Detached
 from inferfleet.worker.engine import Loaded, News
 from inferfleet.worker.heart import Heart
 from inferfleet.worker.loop import IDLE_WAIT_S, LoopOptions, WorkerLoop
@@ -47,6 +48,12 @@ IDLE_CHECK_TIMEOUT_S = 2.0
 LEAVE_S = 3.0
 """The share of the drain time (half of it at most) that leaving, flushing and closing may need."""
 GC_THRESHOLDS = (500_000, 20, 50)
+
+
+def _opens_none(broker: str) -> bool:
+    """Open no broker that was not opened at the start."""
+    del broker
+    return False
 
 
 def _nobody_follows(routes: tuple[Route, ...]) -> None:
@@ -74,8 +81,12 @@ class Adapters:
     """Whom the worker tells how it is; ``None`` where its routes come from a file."""
     follow: Callable[[tuple[Route, ...]], None] = _nobody_follows
     """Told of the pool's routes before they are taken from: how much to prefetch, where retries wait."""
+    open: Callable[[str], bool] = _opens_none
+    """Opens a broker that no route has named so far; returns whether routes may name it now."""
     strict: bool = True
     """Whether the start fails where a version does not load; else its route waits, and the others serve."""
+    outcomes: Callable[[Route], OutcomeFeed] | None = None
+    """Opens what the primary of a detached shadow answers; raises ConfigError where it cannot be read."""
     release: str = ""
     """What this worker says that it is a release of."""
 
@@ -88,37 +99,17 @@ class Worker:
         self._to = adapters
         self._clock = adapters.clock
         self._stopping = False
+        self._brokers = set(adapters.brokers)
         self._started = False
         self._serving = False
         self._refused_at: float | None = None
         self._told: dict[str, object] = {}
         self._shape: list[tuple[object, ...]] | None = None
         self._oldest_ms: int | None = None
-        brakes = self._brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
+        self._brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
         self._careful = Careful(adapters.marks)
-        delivery = Delivery(
-            adapters.outlet,
-            adapters.results,
-            adapters.metrics,
-            adapters.clock,
-            max_result_bytes=config.limits.max_result_bytes,
-            brakes=brakes,
-            retry=RetryPolicy(config.retry.delays_ms),
-            dead_letter_also=frozenset(config.dlt.include),
-        )
-        limits = config.limits
-        self.loop = WorkerLoop(
-            adapters.intake,
-            adapters.outlet,
-            adapters.results,
-            delivery,
-            brakes,
-            self._careful,
-            adapters.news,
-            adapters.metrics,
-            adapters.clock,
-            LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
-        )
+        self._detached = self._shadows()
+        self.loop = self._loop()
         self._versions = Versions(
             adapters.models,
             self.loop.engines,
@@ -140,7 +131,7 @@ class Worker:
             adapters.release,
         )
         if adapters.reporter is not None:
-            self.loop.observing = self.loop.shadowing.observing = Observing(
+            observing = self.loop.observing = self.loop.shadowing.observing = Observing(
                 config.worker_id,
                 adapters.reporter,
                 adapters.clock,
@@ -148,6 +139,41 @@ class Worker:
                 crashed=self._careful.active,
                 letters=config.dlt.include,
             )
+            if self._detached is not None:
+                self._detached.observing = observing
+
+    def _shadows(self) -> Detached | None:
+        if self._to.outcomes is None:
+            return None
+        most = max(1, self._config.limits.in_flight_rows // 2)
+        return Detached(self._outcomes, self._to.metrics, self._clock, most=most)
+
+    def _loop(self) -> WorkerLoop:
+        config, adapters = self._config, self._to
+        delivery = Delivery(
+            adapters.outlet,
+            adapters.results,
+            adapters.metrics,
+            adapters.clock,
+            max_result_bytes=config.limits.max_result_bytes,
+            brakes=self._brakes,
+            retry=RetryPolicy(config.retry.delays_ms),
+            dead_letter_also=frozenset(config.dlt.include),
+        )
+        limits = config.limits
+        delivery.detached = self._detached
+        return WorkerLoop(
+            adapters.intake,
+            adapters.outlet,
+            adapters.results,
+            delivery,
+            self._brakes,
+            self._careful,
+            adapters.news,
+            adapters.metrics,
+            adapters.clock,
+            LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
+        )
 
     def stop(self) -> None:
         """Ask the worker to drain and end; safe in a signal handler."""
@@ -199,6 +225,12 @@ class Worker:
             if self._to.strict and key in missing:
                 raise error
 
+    def _outcomes(self, name: str) -> OutcomeFeed:
+        """Open what the primary route of this name answers; raises ConfigError where it cannot be read."""
+        if self._to.outcomes is None:
+            raise ConfigError("this worker has no way to outcomes of other routes")
+        return self._to.outcomes(self._adopting.log.table().named(name))
+
     def _first_log(self) -> RouteLog:
         try:
             return self._to.feed.log()
@@ -224,6 +256,9 @@ class Worker:
             self._shape = shape
             self._to.follow(tuple(each.plan.route for each in schedules))
             self.loop.use(schedules)
+            for plan in [each.plan for each in schedules if each.plan.route.shadow_of is not None]:
+                if self._detached is not None:
+                    self._detached.follow(plan)
             names = [each.name for each in schedules]
             log.info("routes_adopted", revision=self._adopting.label, routes=names)
 
@@ -236,11 +271,12 @@ class Worker:
             )
         for address in (plan.source, *plan.destinations):
             broker = "rabbitmq" if on_rabbitmq(address) else "kafka"
-            if broker not in self._to.brokers:
+            if broker not in self._brokers and not self._to.open(broker):
                 raise ConfigError(
                     f"route {plan.name} names {address}, and no route named {broker} when this worker "
                     "started; restart the worker"
                 )
+            self._brokers.add(broker)
 
     # Serve
 
@@ -339,6 +375,8 @@ class Worker:
         self._heart.beat(draining=True)
         unfinished = self.loop.drain(timeout_s - min(LEAVE_S, timeout_s / 2))
         self._to.intake.close()
+        if self._detached is not None:
+            self._detached.close()
         unconfirmed = self._to.outlet.close(self._left_s(until))
         if self._to.results is not None:
             unconfirmed += self._to.results.close(self._left_s(until))

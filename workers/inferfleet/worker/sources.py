@@ -36,6 +36,15 @@ class Sources:
         self._retries_at = 0.0
         self._all = [intake for intake in (kafka, retries, rabbitmq) if intake is not None]
         self._used: list[Intake] = []
+        self._subscribed = False
+
+    def add(
+        self, *, kafka: Intake | None = None, retries: Intake | None = None, rabbitmq: Intake | None = None
+    ) -> None:
+        """Take from a broker too that no route has named so far; what stands is not replaced."""
+        self._kafka, self._retries = self._kafka or kafka, self._retries or retries
+        self._rabbitmq = self._rabbitmq or rabbitmq
+        self._all = [each for each in (self._kafka, self._retries, self._rabbitmq) if each is not None]
 
     def __repr__(self) -> str:
         return f"Sources({self._all})"
@@ -61,6 +70,7 @@ class Sources:
 
     def subscribe(self, sources: Collection[str], listener: IntakeListener) -> None:
         """Take from exactly these sources; an intake that had some and has none now takes from nothing."""
+        self._subscribed = True
         split = self._split(sources)
         chosen = [intake for intake, _ in split]
         for intake in self._used:
@@ -127,8 +137,8 @@ class Sources:
 
     @property
     def joined(self) -> bool:
-        """Whether every intake that is used has joined."""
-        return bool(self._used) and all(intake.joined for intake in self._used)
+        """Whether every intake that is used has joined; without any source there is nothing to join."""
+        return self._subscribed and all(intake.joined for intake in self._used)
 
     @property
     def denied(self) -> str | None:
