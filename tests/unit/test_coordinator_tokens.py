@@ -1,4 +1,4 @@
-"""Roles and tokens: only hashes are kept, a change of the file counts at once, what is wrong grants nothing."""
+"""Roles and tokens: only hashes are kept, a changed file counts at once, what is wrong grants nothing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_line_says_what_it_was_written_from(
 )
 def test_a_line_that_is_wrong_is_refused_with_its_place(line: str) -> None:
     """The place is named, the hash is not repeated."""
-    with pytest.raises(ConfigError, match="^tokens line 3: ") as caught:
+    with pytest.raises(ConfigError, match=r"^tokens line 3: ") as caught:
         parse_line(line, "tokens line 3")
     assert "0" * 64 not in str(caught.value)
 

@@ -16,7 +16,7 @@ from inferfleet.coordinator.tokens import Role
 Document = dict[str, Any]
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
-_ALWAYS = (400, 404, 405, 421, 429, 500, 503)
+_ALWAYS = (400, 404, 421, 429, 500, 503)
 _PARTS = {
     "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$", "description": "A route's name."},
     "id": {"type": "string", "minLength": 1, "description": "A rollout's id."},
