@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from inferfleet.coordinator.openapi import description
 from inferfleet.core.routing import bucket
 from inferfleet.datatypes import DATATYPES
 from inferfleet.errors import RULES, Code
@@ -33,6 +34,7 @@ from inferfleet.wire.messages import (
 )
 from inferfleet.wire.request import MAX_TENSORS, InferenceRequest, InputTensor
 from inferfleet.wire.tensors import MAX_DIMENSION
+from scripts.revision_files import revision_schema, timed_vectors
 
 FOLDER = Path(__file__).resolve().parents[1] / "schemas"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -60,12 +62,14 @@ def files() -> dict[str, str]:
         "error.v1.json": error_schema(),
         "headers.v1.json": header_tables(),
         "routing-vectors.json": routing_vectors(),
+        "revision.v1.json": revision_schema(),
+        "openapi.v1.json": description(),
     }
     documents |= {f"examples/{name}.json": example for name, example in examples().items()}
     return {
         path: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         for path, document in documents.items()
-    }
+    } | {"timed-routing-vectors.json": timed_vectors()}
 
 
 def _components(kind: type[msgspec.Struct]) -> tuple[Document, Document]:

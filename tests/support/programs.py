@@ -111,6 +111,14 @@ def epmd() -> str:
     return found
 
 
+def node() -> str:
+    """Return Node.js 18 or newer, which runs the second implementation of routing."""
+    found = shutil.which("node")
+    if found is None or _node_major(found) < 18:
+        raise MissingServerError("Node.js: no node 18 or newer on PATH; install the package nodejs")
+    return found
+
+
 def install_missing() -> list[str]:
     """Install what may be installed here; return one line for every server that still cannot be had."""
     wanted: list[tuple[str | None, Callable[[], object]]] = [
@@ -118,6 +126,7 @@ def install_missing() -> list[str]:
         ("maven", kafka_libs),
         ("redis-server", redis_server),
         ("rabbitmq-server", rabbitmq_server),
+        ("nodejs", node),
     ]
     missing: list[str] = []
     for package, locate in wanted:
@@ -137,6 +146,12 @@ def install_missing() -> list[str]:
 def _java_major(program: str) -> int:
     shown = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
     match = re.search(r'version "(\d+)', shown.stderr + shown.stdout)
+    return int(match[1]) if match else 0
+
+
+def _node_major(program: str) -> int:
+    shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    match = re.match(r"v(\d+)", shown.stdout)
     return int(match[1]) if match else 0
 
 
