@@ -8,35 +8,32 @@ outlets close, the device threads last.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty
 
 import structlog
 
 from inferfleet.addresses import on_rabbitmq
 from inferfleet.config import Config
-from inferfleet.control_ports import Reporter, RouteFeed
 from inferfleet.core.retry import RetryPolicy
+from inferfleet.core.revisions import Adoption, adoption
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError
 from inferfleet.plane import version_name
-from inferfleet.ports import Clock, CrashMarks, Intake, OutcomeFeed, Outlet, PauseBoard, ResultOutlet
+from inferfleet.ports import OutcomeFeed
 from inferfleet.records import Stream
-from inferfleet.revisions import RouteLog
-from inferfleet.routes import Route
+from inferfleet.revisions import Head, RouteLog
 from inferfleet.telemetry.admin import Health, WorkerStatus
-from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.adapters import Adapters as Adapters
 from inferfleet.worker.adopting import Adopting
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.detached import Detached
-from inferfleet.worker.engine import Loaded, News
+from inferfleet.worker.engine import Loaded
 from inferfleet.worker.heart import Heart
 from inferfleet.worker.loop import IDLE_WAIT_S, LoopOptions, WorkerLoop
 from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan
-from inferfleet.worker.versions import REFUSED_AGAIN_S, Models, Versions
+from inferfleet.worker.versions import REFUSED_AGAIN_S, Versions
 
 log = structlog.get_logger(__name__)
 
@@ -48,47 +45,7 @@ IDLE_CHECK_TIMEOUT_S = 2.0
 LEAVE_S = 3.0
 """The share of the drain time (half of it at most) that leaving, flushing and closing may need."""
 GC_THRESHOLDS = (500_000, 20, 50)
-
-
-def _opens_none(broker: str) -> bool:
-    """Open no broker that was not opened at the start."""
-    del broker
-    return False
-
-
-def _nobody_follows(routes: tuple[Route, ...]) -> None:
-    """Take no notice of the routes."""
-    del routes
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Everything a worker is joined to; chosen by the command line."""
-
-    intake: Intake
-    outlet: Outlet
-    results: ResultOutlet | None
-    models: Models
-    metrics: PrometheusMetrics
-    clock: Clock
-    news: SimpleQueue[News]
-    feed: RouteFeed
-    pauses: PauseBoard
-    marks: CrashMarks
-    brokers: frozenset[str]
-    """Which brokers there are adapters for: ``kafka``, ``rabbitmq``."""
-    reporter: Reporter | None = None
-    """Whom the worker tells how it is; ``None`` where its routes come from a file."""
-    follow: Callable[[tuple[Route, ...]], None] = _nobody_follows
-    """Told of the pool's routes before they are taken from: how much to prefetch, where retries wait."""
-    open: Callable[[str], bool] = _opens_none
-    """Opens a broker that no route has named so far; returns whether routes may name it now."""
-    strict: bool = True
-    """Whether the start fails where a version does not load; else its route waits, and the others serve."""
-    outcomes: Callable[[Route], OutcomeFeed] | None = None
-    """Opens what the primary of a detached shadow answers; raises ConfigError where it cannot be read."""
-    release: str = ""
-    """What this worker says that it is a release of."""
+_GOES_ON = (Adoption.SAME, Adoption.NEWER)
 
 
 class Worker:
@@ -105,6 +62,7 @@ class Worker:
         self._refused_at: float | None = None
         self._told: dict[str, object] = {}
         self._shape: list[tuple[object, ...]] | None = None
+        self._declined: Head | None = None
         self._oldest_ms: int | None = None
         self._brakes = Brakes(adapters.pauses, config.brake.consecutive, config.brake.share)
         self._careful = Careful(adapters.marks)
@@ -331,6 +289,13 @@ class Worker:
             log.error("routes_refused", error=str(error), kept=self._adopting.label)
             return False
         if found is self._adopting.log or found == self._adopting.log:
+            return False
+        if found.head.number and adoption(self._adopting.log.head, found.head) not in _GOES_ON:
+            if found.head != self._declined:
+                self._declined = found.head
+                log.error(
+                    "routes_refused", error=f"the log goes back to {found.head}", kept=self._adopting.label
+                )
             return False
         self._refused_at = None
         self._adopting.found(found)
