@@ -70,7 +70,7 @@ def _array(spec: TensorSpec, output: _Output, blob: bytes | None) -> Array | Non
         return None
     try:
         flat = _elements(output, blob).reshape(output.shape)
-    except (ValueError, TypeError, OverflowError, binascii.Error):
+    except (ValueError, TypeError, AttributeError, OverflowError, binascii.Error):
         return None
     if widened:
         return fp32_to_bf16(flat) if spec.datatype == "BF16" else flat.astype(np.float16)
