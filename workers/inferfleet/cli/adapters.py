@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from inferfleet.cli.slot import state_folder
 from inferfleet.cli.topology import retry_delays, uses_kafka, uses_rabbitmq
 from inferfleet.config import Config, kafka_client_config
+from inferfleet.control_ports import Reporter
 from inferfleet.naming import retry_group, retry_name, retry_sources, retry_topics, source_address
 from inferfleet.ports import Clock, CrashMarks, Intake, Outlet, PauseBoard, ResultOutlet
 from inferfleet.routes import Route
@@ -46,6 +47,7 @@ class Joined:
     results: ResultOutlet | None
     pauses: PauseBoard
     marks: CrashMarks
+    reporter: Reporter | None
     brokers: frozenset[str]
     close: Callable[[], None]
 
@@ -95,6 +97,7 @@ class Joining:
             self._results(),
             self._pauses(),
             self._marks(),
+            self._reporter(),
             frozenset(brokers | ({"rabbitmq"} if link is not None else set())),
             close=lambda: None if link is None else link.close(),
         )
@@ -202,12 +205,13 @@ class Joining:
 
     def _control(self) -> Place | None:
         """Return the Redis that the pool shares its pauses and marks through; ``None`` where it has none."""
-        if self._config.control is None and not self._redis:
+        config = self._config
+        if config.control is None and not self._redis and config.routes.source != "fleet":
             return None
         from inferfleet.redis_access import control_place_of
 
         # Marks are written on the loop's thread, which must not be away for a session's time.
-        return replace(control_place_of(self._config), client_name=self._config.worker_id, timeout_s=1.0)
+        return replace(control_place_of(config), client_name=config.worker_id, timeout_s=1.0)
 
     def _pauses(self) -> PauseBoard:
         from inferfleet.control.pauses import LocalPauses, RedisPauses
@@ -230,3 +234,20 @@ class Joining:
         from inferfleet.redis_access import open_redis
 
         return RedisMarks(lambda: open_redis(place), config.fleet.name, config.worker.pool, config.worker_id)
+
+    def _reporter(self) -> Reporter | None:
+        """Return whom this worker tells how it is, wherever the pool shares a Redis."""
+        place = self._control()
+        if place is None:
+            return None
+        from inferfleet.control.reporter import RedisReporter
+        from inferfleet.redis_access import open_redis
+
+        config = self._config
+        return RedisReporter(
+            lambda: open_redis(place),
+            config.fleet.name,
+            config.worker.pool,
+            config.worker_id,
+            heartbeat_s=config.reports.heartbeat_s,
+        )

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,18 +16,22 @@ import click
 import structlog
 
 from inferfleet import __version__
+from inferfleet.cli.following import first_routes, open_feed
 from inferfleet.cli.frame import Session
 from inferfleet.cli.loading import RepositoryModels
+from inferfleet.cli.outcomes import open_outcomes
 from inferfleet.cli.slot import with_worker_id
 from inferfleet.cli.starting import check_rabbitmq, check_topics, wait_for_kafka
 from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
 from inferfleet.config import Config, check_supported
-from inferfleet.errors import ConfigError
-from inferfleet.routes import RouteTable, load_routes
+from inferfleet.control_ports import RouteFeed
+from inferfleet.routes import Route
 from inferfleet.telemetry.logs import configure
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.worker.clock import SystemClock
 
 if TYPE_CHECKING:
+    from inferfleet.worker.engine import News
     from inferfleet.worker.lifecycle import Worker
 
 log = structlog.get_logger(__name__)
@@ -53,14 +58,18 @@ def worker(session: Session, until_idle: float | None) -> None:
     check_supported(config)
     configure(config.log.format, config.log.level, secrets=config.secrets)
     _limit_threads(config)
-    table = _routes(config)
-    routes = table.of_pool(config.worker.pool)
-    if uses_kafka(routes):
-        wait_for_kafka(config)
-        check_topics(config, routes)
-    if uses_rabbitmq(routes):
-        check_rabbitmq(config, routes)
-    _run(config, table, until_idle)
+    news: SimpleQueue[News] = SimpleQueue()
+    feed = open_feed(config, SystemClock(), wake=lambda: news.put(None))
+    try:
+        routes = first_routes(config, feed, news)
+        if uses_kafka(routes):
+            wait_for_kafka(config)
+            check_topics(config, routes)
+        if uses_rabbitmq(routes):
+            check_rabbitmq(config, routes)
+        _run(config, feed, routes, news, until_idle)
+    finally:
+        feed.close()
 
 
 def _limit_threads(config: Config) -> None:
@@ -70,33 +79,22 @@ def _limit_threads(config: Config) -> None:
             os.environ.setdefault(name, str(config.worker.threads))
 
 
-def _routes(config: Config) -> RouteTable:
-    path = config.routes_path
-    if path is None:
-        raise ConfigError("[routes] source names no file")
-    table = load_routes(path, config.fleet.name)
-    if not table.of_pool(config.worker.pool):
-        raise ConfigError(f"{path}: no route belongs to pool {config.worker.pool!r}")
-    for route in table.of_pool(config.worker.pool):
-        if route.order != "none":
-            raise ConfigError(f'{path}: route {route.name}: order = "{route.order}" does not exist yet')
-    return table
-
-
-def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
+def _run(
+    config: Config,
+    feed: RouteFeed,
+    routes: tuple[Route, ...],
+    news: SimpleQueue[News],
+    until_idle: float | None,
+) -> None:
     from inferfleet.cli.adapters import Joining
-    from inferfleet.control.filefeed import FileFeed
     from inferfleet.telemetry.admin import AdminServer
-    from inferfleet.worker.clock import SystemClock
-    from inferfleet.worker.engine import News
     from inferfleet.worker.lifecycle import Adapters, Worker
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    news: SimpleQueue[News] = SimpleQueue()
     metrics = PrometheusMetrics(__version__, config.worker_id)
     clock = SystemClock()
     models = RepositoryModels(config)
-    joining = Joining(config, table.of_pool(config.worker.pool), models, news, metrics, clock)
+    joining = Joining(config, routes, models, news, metrics, clock)
     joined = joining.join()
     running = Worker(
         config,
@@ -108,11 +106,14 @@ def _run(config: Config, table: RouteTable, until_idle: float | None) -> None:
             metrics=metrics,
             clock=clock,
             news=news,
-            feed=FileFeed(lambda: _routes(config), clock),
+            feed=feed,
             pauses=joined.pauses,
             marks=joined.marks,
             brokers=joined.brokers,
+            reporter=joined.reporter,
             follow=joining.follow,
+            strict=config.routes.source != "fleet",
+            outcomes=partial(open_outcomes, config),
             release=__version__,
         ),
     )
