@@ -15,6 +15,7 @@ from inferfleet.coordinator.gate import LOOPBACK, Gate
 from inferfleet.coordinator.handlers import Handlers
 from inferfleet.coordinator.messages import ModelView, RolloutRequest, RolloutView, VersionView
 from inferfleet.coordinator.pages import pages
+from inferfleet.coordinator.rollouts import Seen
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.coordinator.tokens import Caller, Role, TokenBook, new_token, token_line
 from inferfleet.errors import ConfigError, ConflictError
@@ -58,7 +59,9 @@ class ScriptedRollouts:
         self.found[made.id] = made
         return made
 
-    def act(self, rollout: str, verb: str, *, author: str, reason: str) -> RolloutView:
+    def act(
+        self, rollout: str, verb: str, *, author: str, reason: str, seen: Seen | None = None
+    ) -> RolloutView:
         """Remember what is to be done."""
         self.asked.append((rollout, verb, author, reason))
         return self.found[rollout]
@@ -68,8 +71,8 @@ def view(name: str, route: str, version: str, kind: Any, actor: str) -> RolloutV
     """Return a rollout in its first step."""
     return RolloutView(
         id=name, version=1, route=route, kind=kind, model="digits", from_version="1", to_version=version,
-        phase="step", step=0, percent=1.0, next_percent=1.0, begun_ms=1, since_ms=1, actor=actor, reason="",
-        ended=False, waits_for=[], outcome="", approvals=[], history=[],
+        digest="ab", policy_hash="cd", phase="step", step=0, percent=1.0, next_percent=1.0, begun_ms=1,
+        since_ms=1, actor=actor, reason="", ended=False, waits_for=[], outcome="", approvals=[], history=[],
         policy=msgspec.to_builtins(Policy()), evidence={},
     )  # fmt: skip
 

@@ -43,11 +43,11 @@ class RepositoryCatalogue:
         return VersionFacts(model, version, found.digest, found.signature)
 
 
-def open_store(config: Config) -> ControlStore:
+def open_store(config: Config, answer_s: float = ANSWER_S) -> ControlStore:
     """Return the control plane's store; it connects when it is first used. Close it."""
     from inferfleet.control.store import RedisControlStore
 
-    place = replace(control_place_of(config), timeout_s=ANSWER_S)
+    place = replace(control_place_of(config), timeout_s=answer_s)
     return RedisControlStore(
         lambda: open_redis(place),
         config.fleet.name,

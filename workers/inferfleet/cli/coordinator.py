@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +19,6 @@ from inferfleet.config import Config
 from inferfleet.errors import ConfigError, ModelRepositoryError
 
 if TYPE_CHECKING:
-    from inferfleet.catalogue import VersionFacts
     from inferfleet.control_ports import ControlStore
     from inferfleet.coordinator.messages import ModelView, VersionView
     from inferfleet.coordinator.process import Replica
@@ -85,15 +84,13 @@ def token(session: Session, name: str, role: str, expires: float | None, routes:
 
 
 def _run(config: Config) -> None:
+    from inferfleet.cli.control import open_store
     from inferfleet.coordinator.process import run
     from inferfleet.telemetry.logs import configure
 
     configure(config.log.format, config.log.level, secrets=config.secrets)
-    store = _store(config)
-    try:
+    with contextlib.closing(open_store(config, STORE_S)) as store:
         run(_replica(config, store))
-    finally:
-        store.close()
 
 
 def holder_name() -> str:
@@ -102,32 +99,20 @@ def holder_name() -> str:
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _store(config: Config) -> ControlStore:
-    from inferfleet.control.store import RedisControlStore
-    from inferfleet.redis_access import control_place_of, open_redis
-
-    place = replace(control_place_of(config), client_name="coordinator", timeout_s=STORE_S)
-    return RedisControlStore(
-        lambda: open_redis(place),
-        config.fleet.name,
-        address=place.shown,
-        utc_ms=lambda: time.time_ns() // 1_000_000,
-        horizon_ms=config.routing.horizon_s * 1000,
-    )
-
-
 def _replica(config: Config, store: ControlStore) -> Replica:
     """Return the parts of this replica; its two addresses are bound."""
+    from inferfleet.cli.control import RepositoryCatalogue, route_control
+    from inferfleet.cli.feeds import label_feeds
     from inferfleet.coordinator.announcing import Timing
     from inferfleet.coordinator.app import Application
     from inferfleet.coordinator.exposure import expose
     from inferfleet.coordinator.gate import Gate
     from inferfleet.coordinator.handlers import Handlers
     from inferfleet.coordinator.leader import Leadership
-    from inferfleet.coordinator.no_rollouts import FinishRoutes, NoRollouts
+    from inferfleet.coordinator.leading import Leader
     from inferfleet.coordinator.pages import pages
     from inferfleet.coordinator.process import Replica, health_of
-    from inferfleet.coordinator.routes import RouteControl
+    from inferfleet.coordinator.rollouts import RolloutControl
     from inferfleet.models.repository import Repository
     from inferfleet.telemetry.admin import AdminServer
     from inferfleet.telemetry.coordinator import CoordinatorMetrics
@@ -137,9 +122,11 @@ def _replica(config: Config, store: ControlStore) -> Replica:
     metrics = CoordinatorMetrics(__version__)
     repository = Repository(config.models_path, config.models.trusted)
     timing = Timing(config.routing.lead_ms, config.routing.barrier_s)
-    routes = RouteControl(store, clock, RepositoryCatalogue(repository), config.fleet.name, timing)
-    leadership = Leadership(store, holder_name(), clock, metrics, FinishRoutes(routes))
-    handlers = Handlers(routes, NoRollouts(), store, RepositoryView(repository), pages(), clock.utc_ms)
+    routes = route_control(config, store)
+    rollouts = RolloutControl(store, RepositoryCatalogue(repository), clock)
+    leader = Leader(store, clock, timing, label_feeds(config))
+    leadership = Leadership(store, holder_name(), clock, metrics, leader)
+    handlers = Handlers(routes, rollouts, store, RepositoryView(repository), pages(), clock.utc_ms)
     exposure = expose(config.coordinator, config.base, time.time)
     admin = AdminServer(
         config.coordinator.admin_address,
@@ -149,27 +136,6 @@ def _replica(config: Config, store: ControlStore) -> Replica:
     )
     gate = Gate(exposure.tokens, exposure.hosts, clock.monotonic)
     return Replica(Application(gate, handlers, metrics), leadership, exposure, admin)
-
-
-class RepositoryCatalogue:
-    """Implements :class:`~inferfleet.catalogue.Catalogue` over a model repository."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-
-    def latest(self, model: str) -> str:
-        """Return the highest version."""
-        versions = self._repository.versions(model)
-        if not versions:
-            raise ModelRepositoryError(f"model {model} has no version")
-        return versions[-1]
-
-    def version(self, model: str, version: str) -> VersionFacts:
-        """Return what a version is."""
-        from inferfleet.catalogue import VersionFacts
-
-        found = self._repository.look(model, version)
-        return VersionFacts(model, version, found.digest, found.signature)
 
 
 class RepositoryView:

@@ -55,6 +55,7 @@ _ACTIONS: tuple[tuple[str, Role, Handler], ...] = (
     ("promote", Role.DEPLOYER, Handlers.promote_rollout),
     ("approve", Role.DEPLOYER, Handlers.approve_rollout),
 )
+_SAID = {"approve": m.ApproveRequest}
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/v1/routes", Role.VIEWER, Handlers.list_routes, m.RoutesPage, query=m.PageQuery),
@@ -118,7 +119,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     ),
     Endpoint("GET", "/v1/rollouts/{id}", Role.VIEWER, Handlers.show_rollout, m.RolloutView),
     *(
-        Endpoint("POST", f"/v1/rollouts/{{id}}/{verb}", role, handler, m.RolloutView, body=m.ReasonRequest)
+        Endpoint(
+            "POST",
+            f"/v1/rollouts/{{id}}/{verb}",
+            role,
+            handler,
+            m.RolloutView,
+            body=_SAID.get(verb, m.ReasonRequest),
+        )
         for verb, role, handler in _ACTIONS
     ),
     Endpoint("GET", "/v1/workers", Role.VIEWER, Handlers.list_workers, m.WorkersPage, query=m.PageQuery),

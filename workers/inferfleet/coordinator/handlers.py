@@ -12,6 +12,7 @@ import msgspec
 from inferfleet.coordinator import messages as m
 from inferfleet.coordinator.audit_tail import AuditTail
 from inferfleet.coordinator.refusals import RefusedError, not_found
+from inferfleet.coordinator.rollouts import Seen
 from inferfleet.coordinator.services import FleetService, ModelService, RolloutService, RouteService
 from inferfleet.coordinator.tokens import Caller
 from inferfleet.core.planning import RouteChange
@@ -207,13 +208,13 @@ class Handlers:
 
     def approve_rollout(self, asked: Asked) -> Reply:
         """Approve the step that a rollout waits for."""
-        return self._act(asked, "approve")
+        return self._act(asked, "approve", Seen(asked.body.digest, asked.body.policy))
 
-    def _act(self, asked: Asked, verb: str) -> Reply:
+    def _act(self, asked: Asked, verb: str, seen: Seen | None = None) -> Reply:
         found = self._rollout(asked)
         _check_bounds(asked.caller, [found.route])
         reason = _plain(asked.body.reason)
-        return Reply(self._rollouts.act(found.id, verb, author=asked.caller.name, reason=reason))
+        return Reply(self._rollouts.act(found.id, verb, author=asked.caller.name, reason=reason, seen=seen))
 
     def _rollout(self, asked: Asked) -> m.RolloutView:
         try:

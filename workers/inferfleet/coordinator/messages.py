@@ -154,6 +154,14 @@ class ReasonRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Reason = ""
 
 
+class ApproveRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What was looked at before approving; with other bytes or another policy it is refused."""
+
+    digest: Annotated[str, Meta(max_length=128)] = ""
+    policy: Annotated[str, Meta(max_length=128)] = ""
+    reason: Reason = ""
+
+
 class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A rollout of a version on a route. ``policy`` has the keys of a policy file; left out: the default."""
 
@@ -167,6 +175,7 @@ class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout as it is. ``evidence`` holds what the last decision was made on, in the policy's own words.
 
+    ``digest`` stands for the new version's bytes; approvals are bound to it and to ``policy_hash``.
     ``percent`` is the new version's share of the keys in force. ``waits_for`` says what must happen before
     it goes on, one line each, and is empty where only time and evidence do. ``version`` rises with every
     change of the rollout. ``history`` holds its last decisions, oldest first.
@@ -179,6 +188,7 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     from_version: str
     to_version: str
+    digest: str
     phase: Phase
     step: int
     percent: float
@@ -193,6 +203,7 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     approvals: list[Approval]
     history: list[Decision]
     policy: dict[str, Any]
+    policy_hash: str
     evidence: dict[str, Any]
 
     @classmethod

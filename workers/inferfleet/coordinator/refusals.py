@@ -13,6 +13,7 @@ from inferfleet.errors import (
     LogLostError,
     ModelRepositoryError,
 )
+from inferfleet.rollouts import RefusedError as NotNowError
 
 
 class RefusedError(InferfleetError):
@@ -38,7 +39,7 @@ CODES: dict[int, str] = {
     403: "The token's role or routes do not allow it, or a web page of another origin asks.",
     404: "There is no such thing.",
     408: "The body did not come in time.",
-    409: "Somebody else changed the same thing; read again and decide anew.",
+    409: "It cannot be done as things stand, or somebody else changed the same thing meanwhile.",
     412: "If-Match names another revision than the last.",
     413: "The body is too large.",
     415: "The body is not application/json.",
@@ -61,6 +62,8 @@ def refusal_of(error: Exception) -> RefusedError:
     match error:
         case RefusedError():
             return error
+        case NotNowError():
+            return RefusedError(409, "E_REFUSED", _one_line(error))
         case ConfigError():
             return RefusedError(400, "E_INVALID", _one_line(error))
         case ConflictError():

@@ -7,13 +7,16 @@ Everything here blocks within a bound and is called on threads. Errors are those
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from inferfleet.coordinator.announcing import Applied, Plan
 from inferfleet.coordinator.messages import ModelView, RolloutRequest, RolloutView
 from inferfleet.core.planning import RouteChange
 from inferfleet.plane import AuditEntry, Lease, WorkerReport
 from inferfleet.revisions import Revision, RouteLog
+
+if TYPE_CHECKING:
+    from inferfleet.coordinator.rollouts import Seen
 
 
 class RouteService(Protocol):
@@ -61,8 +64,14 @@ class RolloutService(Protocol):
     def start(self, request: RolloutRequest, *, author: str) -> RolloutView:
         """Begin a rollout."""
 
-    def act(self, rollout: str, verb: str, *, author: str, reason: str) -> RolloutView:
-        """``pause``, ``resume``, ``promote``, ``abort`` or ``approve`` it; return it as it is then."""
+    def act(
+        self, rollout: str, verb: str, *, author: str, reason: str, seen: Seen | None = None
+    ) -> RolloutView:
+        """``pause``, ``resume``, ``promote``, ``abort`` or ``approve`` it; return it as it is then.
+
+        ``seen`` is what an approver has looked at. Raises :class:`~inferfleet.rollouts.RefusedError` for what
+        cannot be done as it stands.
+        """
 
 
 class FleetService(Protocol):

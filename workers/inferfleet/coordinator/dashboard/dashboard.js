@@ -6,6 +6,7 @@ const EVERY_MS = 2000;
 const PATIENCE_MS = 5000;
 const STALE_MS = 10000;
 const MOST_ROWS = 500;
+const MOST_RUNNING = 8;
 const BUCKETS = 10000;
 const PLACES = {
   routes: `/v1/routes?limit=${MOST_ROWS}`,
@@ -189,10 +190,18 @@ async function ask(place) {
   throw new Refused(answer.status, said.error);
 }
 
+// The list leaves out what a rollout is judged by; it is asked for of those that still run.
+async function withEvidence(rollouts) {
+  const running = rollouts.filter((each) => !each.ended).slice(0, MOST_RUNNING);
+  const whole = await Promise.all(running.map((each) => ask(`/v1/rollouts/${encodeURIComponent(each.id)}`)));
+  return rollouts.map((each) => whole.find((other) => other.id === each.id) ?? each);
+}
+
 async function look() {
   const names = Object.keys(PLACES);
   const answers = await Promise.all(names.map((name) => ask(PLACES[name])));
   const found = Object.fromEntries(names.map((name, i) => [name, answers[i]]));
+  found.rollouts.rollouts = await withEvidence(found.rollouts.rollouts);
   const { workers } = found.workers;
   show("routes", routesTable(found.routes, workers), JSON.stringify([found.routes, workers.map((each) =>
     [each.worker, each.adopted, each.paused, each.draining])]));
