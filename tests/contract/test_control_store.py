@@ -311,8 +311,10 @@ def test_documents_are_compared_by_version(bench: Bench, store: ControlStore) ->
 def test_one_leads_and_holds_on(bench: Bench, store: ControlStore) -> None:
     """Another one waits until the lease is given back or has run out; its token rises then."""
     other = bench.store()
+    assert other.leader() is None
     mine = store.lead("c-1", 60_000)
     assert mine is not None
+    assert other.leader() == mine
     assert store.lead("c-1", 60_000) == mine
     assert other.lead("c-2", 60_000) is None
     store.resign(mine)

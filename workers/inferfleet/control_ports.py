@@ -86,6 +86,9 @@ class ControlStore(Protocol):
     def resign(self, lease: Lease) -> None:
         """Give the lease back, if it is still ours."""
 
+    def leader(self) -> Lease | None:
+        """Return the lease that stands, whoever holds it; ``None`` while nobody leads."""
+
     def close(self) -> None:
         """Let go of the connection."""
 

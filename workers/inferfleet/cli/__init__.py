@@ -18,6 +18,7 @@ _VERBS = {
     "submit": ("inferfleet.cli.submit:submit", "Send requests to a route."),
     "result": ("inferfleet.cli.submit:result", "Read results from Redis."),
     "route": ("inferfleet.cli.route:route", "Which versions answer which topic."),
+    "rollout": ("inferfleet.cli.rollout:rollout", "Let a new version onto a route, by evidence."),
     "model": ("inferfleet.cli.model:model", "The model repository."),
     "dlt": ("inferfleet.cli.dlt:dlt", "Dead letters."),
     "topics": ("inferfleet.cli.topics:topics", "Every topic and right that the routes need."),

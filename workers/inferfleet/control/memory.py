@@ -141,6 +141,11 @@ class MemoryControlStore:
             if self._standing() == lease:
                 self._lease = None
 
+    def leader(self) -> Lease | None:
+        """Return the lease that stands; ``None`` while nobody leads."""
+        with self._answering():
+            return self._standing()
+
     def close(self) -> None:
         """Do nothing: what is in memory needs no connection."""
 

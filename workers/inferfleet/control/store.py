@@ -264,6 +264,14 @@ class RedisControlStore:
         """Give the lease back, if it is still ours."""
         self._calls.script(RESIGN, [self._keys.lease], [_lease(lease)])
 
+    def leader(self) -> Lease | None:
+        """Return the lease that stands; ``None`` while nobody leads."""
+        found = self._calls.run("GET", self._keys.lease)
+        if found is None:
+            return None
+        token, _, holder = found.decode().partition(" ")
+        return Lease(holder, int(token))
+
     def close(self) -> None:
         """Let go of the connection."""
         self._calls.close()
