@@ -10,14 +10,14 @@ import numpy as np
 
 from inferfleet.catalogue import VersionFacts
 from inferfleet.control.memory import MemoryControlStore
-from inferfleet.control_ports import ControlStore
+from inferfleet.control_ports import ControlStore, LabelFeed
 from inferfleet.coordinator.announcing import Timing
-from inferfleet.coordinator.evidence import Feeds
 from inferfleet.coordinator.leading import Leader, Pace
 from inferfleet.coordinator.messages import RolloutRequest, RolloutView
 from inferfleet.coordinator.rollouts import RolloutControl
 from inferfleet.core.revisions import in_force
 from inferfleet.errors import ModelRepositoryError
+from inferfleet.feedback import Answered, Feedback, Label, Sought
 from inferfleet.plane import AuditEntry, Change, Draft, Lease, WorkerReport, version_name
 from inferfleet.revisions import Revision
 from inferfleet.rollouts import Rollout, decode_rollout
@@ -39,12 +39,17 @@ FAST: dict[str, object] = {
 
 
 class Version(NamedTuple):
-    """How a version behaves: shares of failed and of invalid answers, and seconds of model time for each."""
+    """How a version behaves: shares of failed and of invalid answers, and seconds of model time for each.
+
+    ``accuracy`` is the share of its answers that are right, ``different`` the share of pairs in which it
+    differs from the primary; ``loads`` says why workers refuse it.
+    """
 
     failed: float = 0.0
     invalid: float = 0.0
     compute_s: float = 0.002
     different: float = 0.0
+    accuracy: float = 0.9
     loads: str = ""
     crash: bool = False
 
@@ -61,6 +66,25 @@ class Shelf:
         if int(version) > 9:
             raise ModelRepositoryError(f"model {model} has no version {version}; there is: 1, …, 9")
         return VersionFacts(model, version, digest_of(version), None)
+
+
+class LabelsFeed:
+    """The labels of a fleet, from its start on; implements :class:`~inferfleet.control_ports.LabelFeed`."""
+
+    def __init__(self, fleet: RolloutFleet) -> None:
+        self._fleet = fleet
+        self._read = 0
+        self.stale = ""
+
+    def poll(self, most: int = 20_000) -> Feedback:
+        """Return what has come."""
+        fresh = self._fleet.labels[self._read :][:most]
+        self._read += len(fresh)
+        behind = self._read < len(self._fleet.labels)
+        return Feedback([each for each, _ in fresh], [each for _, each in fresh], not behind)
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def digest_of(version: str) -> str:
@@ -82,7 +106,6 @@ class RolloutFleet:
         *,
         workers: int = 2,
         rate: int = 100,
-        feeds: Feeds | None = None,
         results: str = "kafka:digits.results",
     ) -> None:
         self.clock = FakeClock()
@@ -92,13 +115,14 @@ class RolloutFleet:
         self.rate = rate
         self.names = [f"w-{i}" for i in range(workers)]
         self.random = random.Random(7)
-        self.feeds = feeds
+        self.sought: list[Sought] = []
         self.timing = Timing(lead_ms=2_000)
         self.pace = Pace(store_s=5.0, settle_s=3.0)
         self.control = RolloutControl(self.plane, Shelf(), self.clock)
         self.holder = 0
         self.leader: Leader | None = None
         self.answered: dict[str, int] = {}
+        self.labels: list[tuple[Answered, Label]] = []
         self.plane.commit(
             Change(
                 actor="test",
@@ -119,6 +143,11 @@ class RolloutFleet:
             "version": "1",
         }
         return route_of(plain, "fleet", "test")
+
+    def feeds(self, sought: Sought) -> LabelFeed:
+        """Open the labels of every answer."""
+        self.sought.append(sought)
+        return LabelsFeed(self)
 
     # Steering
 
@@ -219,6 +248,7 @@ class RolloutFleet:
             window = self._window(worker, revision, route, variant.name, variant.version, now)
             self._answer(window, count)
             self.answered[variant.version] = self.answered.get(variant.version, 0) + count
+            self._label(variant.name, variant.version, count, now)
             found.append(window)
         for shadow in route.shadows:
             window = self._window(worker, revision, route, shadow.name, shadow.version, now)
@@ -236,6 +266,14 @@ class RolloutFleet:
             window.secondary = Comparison(kind="labels", pairs=share, identical=share)
             found.append(window)
         return [each for each in found if each.requests]
+
+    def _label(self, variant: str, version: str, count: int, now: int) -> None:
+        """Let somebody find out what was right, of every answer."""
+        for _ in range(count):
+            name = f"r-{len(self.labels)}"
+            right = self.random.random() < self._version(version).accuracy
+            answered = Answered(name, version, variant, name.encode(), now, (3,))
+            self.labels.append((answered, Label(name, now, {}, (3 if right else 4,))))
 
     @staticmethod
     def _window(
