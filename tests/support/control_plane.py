@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable
 
 from inferfleet.catalogue import VersionFacts
 from inferfleet.control.memory import MemoryControlStore
-from inferfleet.coordinator.announcing import Timing
+from inferfleet.coordinator.announcing import Author, Timing, activate_ready
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.core.barrier import needed
-from inferfleet.errors import ModelRepositoryError
+from inferfleet.errors import ConflictError, ModelRepositoryError
 from inferfleet.plane import WorkerReport
 from inferfleet.records import Signature, TensorSpec
 from inferfleet.revisions import Head
 from inferfleet.testing.clock import FakeClock
 
 TTL_MS = 6_000
+TIMING = Timing(2_000, 60.0)
 INPUTS = (TensorSpec("x", "FP32", (4,)),)
 
 
@@ -96,10 +97,23 @@ class Plane:
         self.catalogue = FakeCatalogue()
         self.workers = [FakeWorker(self.store, name) for name in workers]
         self.between: Callable[[], None] = lambda: None
-        self.control = RouteControl(
-            self.store, self.clock, self.catalogue, fleet, Timing(2_000, 60.0), pause=self.pause
-        )
+        self.control = RouteControl(self.store, self.clock, self.catalogue, fleet, TIMING, pause=self.pause)
         self.step()
+
+    def lead(self) -> list[str]:
+        """Look once at every announcement, as the leading coordinator does; return what was committed."""
+        workers = self.store.workers()
+        changes = activate_ready(
+            self.store.load(), workers, self.clock.utc_ms(), TIMING, Author("coordinator")
+        )
+        done: list[str] = []
+        for change, found in changes:
+            try:
+                (revision,) = self.store.commit(change)
+            except ConflictError:
+                continue
+            done.append(f"{revision.action} {found.name}: {found}".rstrip(": "))
+        return done
 
     def step(self) -> None:
         """Let every worker look once."""

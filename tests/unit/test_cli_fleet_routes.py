@@ -214,6 +214,15 @@ def test_a_wrong_file_names_the_key(desk: Desk) -> None:
     assert desk.plane.store.load().head.number == 0
 
 
+def test_topics_are_planned_before_a_route_is_applied(desk: Desk) -> None:
+    """Its topics must stand when its workers hear of it; "latest" needs no repository for that."""
+    file = desk.file(ONE.replace('version = "1"', 'version = "latest"'))
+    said = json.loads(desk.run("topics", "plan", "--json", "--routes", file).stdout)
+
+    assert [each["name"] for each in said["topics"]][:2] == ["in", "out"]
+    assert json.loads(desk.run("topics", "plan", "--json").stdout)["topics"] == []
+
+
 # The audit log
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inferfleet.control.memory import MemoryControlStore
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.core.revisions import in_force
-from inferfleet.errors import ConfigError, ConflictError, LogLostError, ModelRepositoryError
-from inferfleet.plane import seal
+from inferfleet.errors import ConfigError, ConflictError, ControlError, LogLostError, ModelRepositoryError
+from inferfleet.plane import Change, Draft, seal
 from tests.support.control_plane import FakeWorker, Plane
 
 V1: dict[str, Any] = {
@@ -22,6 +25,7 @@ V1: dict[str, Any] = {
     "variants": [{"name": "stable", "version": "1", "weight": 1}],
 }
 V2: dict[str, Any] = {**V1, "variants": [{"name": "stable", "version": "2", "weight": 1}]}
+V3: dict[str, Any] = {**V1, "variants": [{"name": "stable", "version": "3", "weight": 1}]}
 
 
 def tree(*routes: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +166,11 @@ def test_a_plan_is_bound_to_what_it_was_computed_on(plane: Plane) -> None:
 
 def test_of_several_who_finish_an_announcement_one_wins(plane: Plane) -> None:
     """The leader activates what an apply waits for: the apply sees that it is done."""
-    leader = RouteControl(plane.store, plane.clock, plane.catalogue, "f")
     finished: list[str] = []
 
     def lead() -> None:
         plane.step()
-        finished.extend(each.name for each in leader.finish(author="leader"))
+        finished.extend(plane.lead())
 
     plane.between = lead
     plane.workers[0].loads = False
@@ -178,10 +181,10 @@ def test_of_several_who_finish_an_announcement_one_wins(plane: Plane) -> None:
 
     (done,) = plane.control.apply(plan.changes, author="eva", progress=load)
 
-    assert finished == ["digits"]
+    assert finished == ["activate digits"]
     assert done.problem == ""
     assert done.revision is not None
-    assert done.revision.author == "leader"
+    assert done.revision.author == "coordinator"
     assert version_at(plane, 10**13) == "2"
 
 
@@ -190,22 +193,53 @@ def test_the_leader_finishes_what_was_only_announced(plane: Plane) -> None:
     changes = plane.control.planned([V2])
     (announced,) = plane.control.announce(changes, author="eva", reason="by HTTP")
     assert announced.effective_from_ms is None
-    assert plane.control.finish(author="leader") == []
+    assert plane.lead() == []
     plane.step()
-    (done,) = plane.control.finish(author="leader")
-    assert done.revision is not None
-    assert done.revision.reason == "by HTTP"
-    assert plane.control.finish(author="leader") == []
+    assert plane.lead() == ["activate digits"]
+    newest = plane.store.load().newest("digits")
+    assert newest is not None
+    assert newest.reason == "by HTTP"
+    assert plane.lead() == []
 
     plane.workers[0].loads = False
-    v3 = {**V1, "variants": [{"name": "stable", "version": "3", "weight": 1}]}
-    plane.control.announce(plane.control.planned([v3]), author="eva", reason="")
+    plane.control.announce(plane.control.planned([V3]), author="eva", reason="")
     plane.pause(59)
-    assert plane.control.finish(author="leader") == []
+    assert plane.lead() == []
     plane.pause(1)
-    (gone,) = plane.control.finish(author="leader")
-    assert gone.problem.startswith("w-1 has not loaded digits:3")
+    assert plane.lead() == ["withdraw digits: w-1 has not loaded digits:3"]
     assert plane.store.load().announced("digits") is None
+
+    plane.workers[1].refuses = {"digits:4": "no"}
+    v4 = {**V1, "variants": [{"name": "stable", "version": "4", "weight": 1}]}
+    plane.control.announce(plane.control.planned([v4]), author="eva", reason="")
+    plane.step()
+    assert plane.lead() == ["withdraw digits: w-2 refuses digits:4: no"]
+
+
+def test_an_announcement_of_a_rollout_is_the_rollouts_own(plane: Plane) -> None:
+    """It steps when its evidence says so, not when the versions are there."""
+    (change,) = plane.control.planned([V2])
+    draft = Draft("digits", change.after, None, "step", "rollout-1")
+    plane.store.commit(Change(actor="coordinator", audit=(), drafts=(draft,)))
+    plane.step()
+
+    assert plane.lead() == []
+
+
+def test_a_route_in_a_rollout_is_left_to_it(plane: Plane) -> None:
+    """Two hands would undo each other; when it has ended, or for another route, a change goes on."""
+
+    def store(version: int, phase: str) -> None:
+        body = json.dumps({"route": "digits", "phase": phase, "of": "a newer release"}).encode()
+        plane.store.commit(Change(actor="c", audit=(), documents={"r-1": (version, body)}))
+
+    store(0, "step")
+    with pytest.raises(ConflictError, match=r"route digits is in rollout r-1 \(step\)"):
+        plane.control.plan(tree(V2), "x")
+    other = {**V1, "name": "other", "source": "kafka:other"}
+    assert apply(plane, V1, other) == []
+    store(1, "done")
+    assert apply(plane, V2) == []
 
 
 def test_an_apply_that_was_cut_off_goes_on(plane: Plane) -> None:
@@ -294,8 +328,6 @@ def test_a_revert_passes_over_what_an_abort_has_undone(plane: Plane) -> None:
     apply(plane, bad)
     newest = plane.store.load().newest("digits")
     assert newest is not None
-    from inferfleet.plane import Change, Draft
-
     plane.store.commit(
         Change(
             actor="rollout",
@@ -432,3 +464,49 @@ def test_a_store_that_went_on_differently_is_not_written_to() -> None:
 
     with pytest.raises(LogLostError, match="w-2 holds another revision 1 than the store"):
         control.plan(tree(V1), "x")
+
+
+def test_a_log_that_cannot_be_read_is_given_up_by_a_reset(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one starts above it all the same."""
+    store = plane.store
+    head = store.head()
+    monkeypatch.setattr(store, "head", lambda: head)
+    monkeypatch.setattr(store, "load", _damaged)
+    plan = plane.control.plan_reset(tree(V2), "x")
+    plane.control.reset(plan.changes, author="eva")
+    monkeypatch.undo()
+
+    assert (store.load().head.epoch, store.load().head.number) == (1, 3)
+    assert version_at(plane, 10**13) == "2"
+
+
+def _damaged() -> None:
+    raise ControlError("the routes end at revision 1 and the log at 2")
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("latest"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["route", "name", "model", "version", "variants", "shadows", "source"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["route", "routes"]), plain))
+def test_any_document_is_planned_or_refused_in_one_line(document: dict[str, Any]) -> None:
+    """Whatever somebody sends, "latest" is looked for only where it means something."""
+    plane = Plane()
+    try:
+        plane.control.plan(document, "x")
+    except (ConfigError, ModelRepositoryError) as error:
+        said = str(error)
+    else:
+        said = ""
+
+    assert "\n" not in said

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from inferfleet import tables
 from inferfleet.cli.frame import Session, echo_json, echo_table, pass_session
 from inferfleet.cli.rabbit_topology import (
     Fan,
@@ -24,8 +26,9 @@ from inferfleet.cli.topic_forms import (
 )
 from inferfleet.cli.topology import Principals, Topic, plan_rights, plan_topics
 from inferfleet.config import Config
+from inferfleet.coordinator.route_checks import resolve_latest
 from inferfleet.errors import BrokerError
-from inferfleet.routes import Route
+from inferfleet.routes import Route, RouteTable, route_table
 
 if TYPE_CHECKING:
     from inferfleet.cli.rabbitmq import Declared
@@ -61,6 +64,12 @@ def topics() -> None:
     metavar="NAME[/KEY]",
     help="RabbitMQ, detached shadows: where producers publish; by default one of the source queue's name.",
 )
+@click.option(
+    "--routes",
+    "routes_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Plan for the routes of this file, before `route apply` brings them to the control plane.",
+)
 @pass_session
 def plan(
     session: Session,
@@ -74,6 +83,7 @@ def plan(
     client_principal: str,
     operator_principal: str,
     source_exchange: str,
+    routes_file: Path | None,
 ) -> None:
     """Print every topic, queue and exchange of the routes (all, if none is named).
 
@@ -86,8 +96,9 @@ def plan(
     if applied and form not in ("text", "json"):
         raise click.UsageError("--apply goes with --format text or json")
     config = session.config
-    routes = chosen(session, route_names)
-    fans = shadow_fans(routes, session.routes.routes, source_exchange)
+    table = session.routes if routes_file is None else _read(session, routes_file)
+    routes = _named(table, route_names)
+    fans = shadow_fans(routes, table.routes, source_exchange)
     needed, queues = plan_topics(config, routes, partitions, replication), plan_rabbitmq(config, routes, fans)
     who = Principals(principal, client_principal, operator_principal)
     if applied:
@@ -111,8 +122,17 @@ def plan(
 
 def chosen(session: Session, names: Sequence[str]) -> tuple[Route, ...]:
     """Return the named routes, all of them if none is named."""
-    table = session.routes
+    return _named(session.routes, names)
+
+
+def _named(table: RouteTable, names: Sequence[str]) -> tuple[Route, ...]:
     return tuple(table.named(name) for name in names) if names else table.routes
+
+
+def _read(session: Session, file: Path) -> RouteTable:
+    """Return the routes of a file that is to be applied; which version is the latest matters not here."""
+    tree = tables.parse_toml(tables.read_text(file, "routes file"), str(file))
+    return route_table(resolve_latest(tree, lambda _: "1")[0], session.config.fleet.name, str(file))
 
 
 def _print(needed: Sequence[Topic], plan: RabbitPlan) -> None:

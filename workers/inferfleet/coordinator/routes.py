@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from inferfleet.catalogue import Catalogue
 from inferfleet.control_ports import ControlStore
 from inferfleet.coordinator.announcing import (
@@ -20,7 +18,6 @@ from inferfleet.coordinator.announcing import (
     Author,
     Plan,
     Timing,
-    activate_ready,
     activation,
     draft_of,
     entry_of,
@@ -48,7 +45,7 @@ from inferfleet.core.barrier import (
 from inferfleet.core.planning import RouteChange
 from inferfleet.core.revisions import timeline
 from inferfleet.errors import ConfigError, ConflictError, ControlError, LogLostError
-from inferfleet.plane import AuditEntry, Change, Draft, Lease, WorkerReport
+from inferfleet.plane import AuditEntry, Change, Draft, WorkerReport
 from inferfleet.ports import Clock
 from inferfleet.revisions import Head, Revision, RouteLog
 from inferfleet.routes import Route, RouteTable, route_table
@@ -104,11 +101,21 @@ class RouteControl:
         return self._planned(log, planning.plan(log, table, prune=prune), latest, workers)
 
     def plan_reset(self, tree: Mapping[str, Any], origin: str) -> Plan:
-        """Return what starting a new log with the routes of a document would change; all others go."""
+        """Return what starting a new log with the routes of a document would change; all others go.
+
+        A log that cannot be read any more is taken as empty: it is given up.
+        """
         table, latest = self._table(tree, origin)
         workers = self._store.workers()
-        log = self._store.load()
+        log = self._whatever_is_left()
         return self._planned(log, planning.plan(log, table, prune=True), latest, workers)
+
+    def _whatever_is_left(self) -> RouteLog:
+        try:
+            return self._store.load()
+        except (ControlError, ConfigError):
+            head = self._store.head()
+            return RouteLog(head, {}, str(head.number))
 
     def plan_revert(self, name: str, to: int | None = None) -> Plan:
         """Return what giving a route the content of an earlier revision again would change.
@@ -297,7 +304,7 @@ class RouteControl:
                 actor=author,
                 reason=reason,
                 audit=tuple(entries),
-                expected={each.name: each.number for each in changes},
+                expected={each.name: each.number for each in changes if each.number},
                 drafts=tuple(drafts),
                 reset=True,
                 above=max((each.head.number for each in workers), default=0),
@@ -372,26 +379,3 @@ class RouteControl:
             if left <= 0 or not any(each.unacknowledged for each in looked):
                 return looked
             self._pause(min(LOOK_EVERY_S, left))
-
-    # What the leading coordinator does for those who announced and went away
-
-    def finish(self, *, author: str, lease: Lease | None = None) -> list[Applied]:
-        """Look once at every announcement that no rollout made, and finish those that are ready or hopeless.
-
-        One that is not ready within ``barrier_s`` of its own time is withdrawn. With ``lease`` each write is
-        refused (FencedError) once another leads.
-        """
-        by = Author(author)
-        workers = self._store.workers()
-        log = self._store.load()
-        done: list[Applied] = []
-        for change, found in activate_ready(log, workers, self._clock.utc_ms(), self._timing, by):
-            fenced = msgspec.structs.replace(change, lease=lease)
-            try:
-                (revision,) = self._store.commit(fenced)
-            except ConflictError:
-                continue
-            ready = found.verdict(0, float("inf")) is Verdict.READY
-            problem = "" if ready else str(found)
-            done.append(Applied(found.name, revision if ready else None, problem, found.workers))
-        return done
