@@ -167,6 +167,25 @@ def report(obj: Place, quick: bool, results: Path) -> None:
         click.echo(f"written to {path}")
 
 
+@main.command("control-plane")
+@click.option("--workers", type=click.IntRange(1), default=500)
+@click.option("--routes", type=click.IntRange(2), default=200)
+@click.option("--pools", type=click.IntRange(1), default=10, help="Pools that workers and routes are in.")
+@click.option("--rollouts", type=click.IntRange(0), default=10, help="Rollouts that go on meanwhile.")
+@click.option("--changes", type=click.IntRange(1), default=8, help="Changes that are timed, one by one.")
+@_output
+@click.pass_obj
+def control_plane(obj: Place, /, output: Path | None, **plan: Any) -> None:
+    """Change routes under many simulated workers; print when all know, and what Redis and coordinator do."""
+    from loadtest import controlplane
+
+    if plan["rollouts"] + plan["changes"] > plan["routes"]:
+        raise click.UsageError("there must be a route for each rollout and each change")
+    result = controlplane.run(controlplane.Plan(**plan), obj.folder, tell=click.echo)
+    click.echo(controlplane.table(result))
+    _show(result, output)
+
+
 def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in (text or "").split(",") if part)

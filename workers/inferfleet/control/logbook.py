@@ -75,10 +75,11 @@ def split_bodies(value: bytes) -> list[bytes]:
     return value.split(b"\n")
 
 
+@lru_cache(8)
 def parser(fleet: str) -> Parser:
     """Return a function that parses a revision's document, and knows those that it parsed lately.
 
-    It raises ConfigError for what cannot be understood.
+    All of a process share it; any thread may call it. It raises ConfigError for what cannot be understood.
     """
     return lru_cache(PARSED)(lambda body: parse_revision(body, fleet))
 
