@@ -1,4 +1,4 @@
-"""Evidence under the name by which core's modules know it; it is a noun, for it is stored and only adds up."""
+"""Evidence under the name by which core knows it; it is a noun, for it is stored and only adds up."""
 
 from inferfleet.evidence import CANARY as CANARY
 from inferfleet.evidence import CONTROL as CONTROL

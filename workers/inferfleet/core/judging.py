@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from inferfleet.core import sequential, shadow_verdict
-from inferfleet.core.sequential import Test, Times
+from inferfleet.core.sequential import Estimate, Test, Times
 from inferfleet.evidence import Arm, Evidence
 from inferfleet.policies import Aborts, Guardrails, Policy
 from inferfleet.rollouts import Rollout
@@ -76,20 +76,25 @@ def _finding(name: str, said: str, test: Test) -> Finding:
 def _error_tests(rails: Guardrails, treated: Arm, control: Arm) -> Iterator[tuple[str, str, Test]]:
     alpha, points = rails.alpha / TESTS, rails.error_points / 100
     said = f"against +{rails.error_points:g} points and x{rails.error_ratio:g}"
-    pairs = (
-        ("errors", "failed", treated.failures, control.failures, treated.key_groups, control.key_groups),
-        ("dead letters", "dead-lettered", treated.letters, control.letters, None, None),
-    )
-    for name, word, ours, theirs, our_groups, their_groups in pairs:
+    failed = _failed(treated), _failed(control)
+    for name, word, ours, theirs in (
+        ("errors", "failed", *failed),
+        ("dead letters", "dead-lettered", _lettered(treated, failed[0]), _lettered(control, failed[1])),
+    ):
         test = sequential.worse_share(
-            sequential.proportion(ours, our_groups),
-            sequential.proportion(theirs, their_groups),
-            points=points,
-            ratio=rails.error_ratio,
-            alpha=alpha,
-            tuned_at=rails.tuning_messages,
+            ours, theirs, points=points, ratio=rails.error_ratio, alpha=alpha, tuned_at=rails.tuning_messages
         )
-        yield name, f"{ours.share:.3%} {word}, control {theirs.share:.3%}, {said}", test
+        yield name, f"{ours.value:.3%} {word}, control {theirs.value:.3%}, {said}", test
+
+
+def _failed(arm: Arm) -> Estimate:
+    return sequential.proportion(arm.failures, arm.key_groups)
+
+
+def _lettered(arm: Arm, failed: Estimate) -> Estimate:
+    """Return the share of dead letters, which are as dependent on each other as failures are, or more."""
+    effect = arm.failures.trials / failed.effective if failed.effective else 1.0
+    return sequential.proportion(arm.letters, effect=effect)
 
 
 def _cost_tests(rails: Guardrails, treated: Arm, control: Arm) -> Iterator[tuple[str, str, Test]]:
@@ -189,7 +194,8 @@ def sample_ratio(rollout: Rollout, evidence: Evidence) -> float:
 
 def lag_rises(evidence: Evidence, windows: int, records: int, now_ms: int) -> bool:
     """Say whether the lag rose in each of the last whole minutes, by at least ``records`` in all."""
-    whole = sorted(minute for minute in evidence.lag if minute < now_ms // 60_000)[-windows - 1 :]
+    known = sorted(evidence.lag)
+    whole = [minute for minute in known[-windows - 2 :] if minute < now_ms // 60_000][-windows - 1 :]
     lags = [evidence.lag[minute] for minute in whole]
     rises = all(after > before for before, after in itertools.pairwise(lags))
     return len(lags) == windows + 1 and rises and lags[-1] - lags[0] >= records

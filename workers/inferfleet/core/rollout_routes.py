@@ -6,6 +6,8 @@ until an abort, and the control slice gives no key to the canary nor takes one f
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from inferfleet.core.ranges import replan
 from inferfleet.evidence import CANARY, CONTROL
 from inferfleet.rollouts import replace
@@ -34,6 +36,7 @@ def stepped(before: Route, current: Route, version: str, percent: float, *, cont
     return divided(before, current, version, canary=canary, control=slice_)
 
 
+@lru_cache(maxsize=256)
 def divided(before: Route, current: Route, version: str, *, canary: int, control: int) -> Route:
     """Return the route with so many buckets for the canary and the control slice, the rest being stable's."""
     old = before.variants[0].version

@@ -16,9 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
-from inferfleet.summaries import Clustered, Histogram
+import numpy as np
+
+from inferfleet.summaries import SCALE, Clustered, Histogram
 
 LEAST_EFFECTIVE = 25.0
 """Independent messages in each arm below which nothing is concluded: asymptotics have not begun."""
@@ -93,12 +96,17 @@ def ratio_variance(clusters: Clustered) -> float:
 
 
 def of_groups(groups: Mapping[int, tuple[float, float]]) -> Clustered:
-    """Return the clusters that groups of keys are, each ``(trials, events)``."""
-    total = Clustered()
-    for trials, events in groups.values():
-        if trials > 0:
-            total.add(trials, events)
-    return total
+    """Return the clusters that groups of keys are, each ``(trials, events)`` with some trials."""
+    flat = np.fromiter(chain.from_iterable(groups.values()), np.float64, 2 * len(groups))
+    trials, events = flat[::2], flat[1::2]
+    return Clustered(
+        len(groups),
+        float(trials.sum()),
+        float(events.sum()),
+        float(np.einsum("i,i", trials, trials)),
+        float(np.einsum("i,i", events, events)),
+        float(np.einsum("i,i", trials, events)),
+    )
 
 
 def kish(clusters: Clustered) -> float:
@@ -106,9 +114,12 @@ def kish(clusters: Clustered) -> float:
     return clusters.trials**2 / clusters.trials_2 if clusters.trials_2 > 0 else 0.0
 
 
-def proportion(batches: Clustered, groups: Mapping[int, tuple[float, float]] | None = None) -> Estimate:
+def proportion(
+    batches: Clustered, groups: Mapping[int, tuple[float, float]] | None = None, *, effect: float = 1.0
+) -> Estimate:
     """Return a share of events with the largest of its variances: as if independent, by batch, by key.
 
+    ``effect`` is a design effect known from elsewhere, at least: how many messages count for one.
     The binomial variance is taken at (events + 1/2)/(trials + 1), so that no event at all is not certainty.
     """
     trials = batches.trials
@@ -116,10 +127,10 @@ def proportion(batches: Clustered, groups: Mapping[int, tuple[float, float]] | N
         return Estimate(0.0, math.inf, 0.0)
     smooth = (batches.events + 0.5) / (trials + 1)
     alone = smooth * (1 - smooth) / trials
-    variance = alone
+    variance = alone * max(1.0, effect)
     if batches.clusters >= LEAST_CLUSTERS:
         variance = max(variance, ratio_variance(batches))
-    elif batches.events:
+    elif batches.events and batches.trials_2:
         # Too few batches to see what they differ by: each of them is taken for one message.
         variance = max(variance, alone * trials / max(kish(batches), 1e-9))
     if groups and len(groups) >= LEAST_CLUSTERS:
@@ -191,17 +202,34 @@ def worse_quantile(
     effective = min(treated.effective, control.effective)
     if effective * (1 - share) < _TAIL_EVENTS:
         return UNKNOWN
-    quantile = control.spans.quantile(share)
-    if quantile <= 0:
+    total = len(control.spans)
+    bucket, beyond = tail_bucket(control.spans, (1 - share) * total)
+    if bucket is None:
         return UNKNOWN
-    above = treated.spans.above(ratio * quantile) / len(treated.spans)
-    expected = control.spans.above(quantile) / len(control.spans)
+    # The threshold is the upper bound of the first bucket whose bound is at least ratio * q.
+    first = bucket + math.ceil(math.log2(ratio) * SCALE - 1e-9)
+    above = sum([count for each, count in treated.spans.buckets.items() if each > first]) / len(treated.spans)
+    expected = beyond / total
     tail = max(1 - share, expected)
     variance = tail * (1 - tail) * (1 / treated.effective + 1 / control.effective)
     excess = above - expected
     error = math.sqrt(variance)
     bound = boundary(effective, alpha, tuned_at)
     return Test(excess, excess / error, bound, excess - bound * error)
+
+
+def tail_bucket(spans: Histogram, most: float) -> tuple[int | None, int]:
+    """Return the bucket of the quantile with at most ``most`` values above it, and how many are above.
+
+    ``None`` where that quantile is not above 0.
+    """
+    beyond = 0
+    for bucket in sorted(spans.buckets, reverse=True):
+        count = spans.buckets[bucket]
+        if beyond + count > most:
+            return bucket, beyond
+        beyond += count
+    return None, beyond
 
 
 def srm_e_value(counts: tuple[int, int], expected_share: float) -> float:
