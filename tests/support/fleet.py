@@ -25,7 +25,7 @@ from inferfleet.cli.rabbitmq import RabbitCluster
 from inferfleet.models.repository import Repository
 from inferfleet.routes import load_routes
 from inferfleet.testing.checksum import write_checksum_model
-from tests.support.process import ServerProcess
+from tests.support.process import ServerProcess, logged_events
 from tests.support.redis_server import RedisServer
 from tests.support.servers import KafkaServer, RabbitServer
 from tests.support.waiting import wait_until
@@ -119,14 +119,7 @@ class WorkerProcess(ServerProcess):
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the log's events, all or those of one name."""
-        found: list[dict[str, Any]] = []
-        if self.log.exists():
-            for line in self.log.read_text(errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    event = json.loads(line)
-                    if isinstance(event, dict) and (name is None or event.get("event") == name):
-                        found.append(event)
-        return found
+        return logged_events(self.log, name)
 
     def wait_event(self, name: str, timeout_s: float = 30.0, **fields: Any) -> dict[str, Any]:
         """Return the first event of this name whose fields hold these values."""

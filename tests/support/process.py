@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.waiting import wait_until
 
@@ -74,6 +76,18 @@ def _stands_still(pid: int) -> bool:
         with contextlib.suppress(OSError):  # it may end while we look
             states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
     return set(states) <= {"T", "t"}
+
+
+def logged_events(log: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Return the events of a log in JSON lines, all or those of one name; other lines are left out."""
+    found: list[dict[str, Any]] = []
+    if log.exists():
+        for line in log.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                event = json.loads(line)
+                if isinstance(event, dict) and (name is None or event.get("event") == name):
+                    found.append(event)
+    return found
 
 
 class ServerProcess:
