@@ -125,6 +125,7 @@ class RedisControlStore:
     def commit(self, change: Change) -> tuple[Revision, ...]:
         """Do everything that ``change`` says at once, and return its revisions."""
         for _ in range(ROUNDS):
+            self._check_lease(change.lease)  # a leader that is fenced shall know it, whatever else is refused
             record, document = self._head()
             done = self._step(change, record)
             verdict = self._calls.script(
@@ -133,14 +134,17 @@ class RedisControlStore:
             if verdict == b"done":
                 return done.revisions
             if verdict == b"fenced":
-                holder = change.lease.holder if change.lease is not None else ""
-                raise FencedError(f"the lease of {holder} is gone; nothing was changed")
+                continue
             if verdict == b"behind":
                 raise LogLostError(
                     f"redis at {self._address}: the head of the route log lies behind the log itself; "
                     "`inferfleet route apply --reset` starts above it"
                 )
         raise ConflictError("other changes came between each time; try again")
+
+    def _check_lease(self, lease: Lease | None) -> None:
+        if lease is not None and self._calls.run("GET", self._keys.lease) != _lease(lease).encode():
+            raise FencedError(f"the lease of {lease.holder} is gone; nothing was changed")
 
     def _commit_keys(self) -> list[str]:
         keys = self._keys
