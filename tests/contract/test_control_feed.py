@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from inferfleet.revisions import EMPTY_LOG, Head
 from inferfleet.testing.clock import FakeClock
 from tests.support.control import change, draft, window
 from tests.support.process import free_ports
-from tests.support.redis_cluster import RedisCluster
+from tests.support.redis_cluster import RedisCluster, RedisSentinel
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -343,6 +344,61 @@ def test_a_worker_that_restarts_refuses_a_store_that_lost_what_it_knew(
     feed = redis_bench.feed(copy=True)
     wait_until(lambda: "older revision 1 while revision 2" in feed.stale, PATIENCE_S, "it is said")
     assert number(feed) == 2
+
+
+@pytest.mark.service
+def test_a_redis_that_was_restored_from_older_files_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    """The files of the day before, put back by hand: the feed says so, and a reset goes on above all."""
+    with RedisServer(data_folder) as server:
+        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench.store.commit(change(draft(version="1")))
+        server.stop()
+        shutil.copytree(data_folder, tmp_path / "backup")
+        server.start()
+        bench.store.commit(change(draft(version="2")))
+        feed = bench.feed()
+        assert number(feed) == 2
+        server.stop()
+        shutil.rmtree(data_folder)
+        shutil.copytree(tmp_path / "backup", data_folder)
+        server.start()
+        wait_until(lambda: "older revision 1 while revision 2" in feed.stale, PATIENCE_S, "it is said")
+        assert number(feed) == 2
+        (done,) = bench.store.commit(change(draft(version="3"), reset=True, above=2))
+        follows(feed, 3)
+        assert feed.log().kept == {"digits": (done,)}
+        bench.close()
+
+
+@pytest.mark.service
+@pytest.mark.slow
+def test_a_failover_that_loses_a_revision_is_refused(tmp_path: Path) -> None:
+    """The promoted replica had not heard of it: sentinels are followed, its log is not."""
+    with RedisSentinel(tmp_path / "sentinel") as servers:
+        where = Place(
+            mode="sentinel", nodes=servers.addresses, sentinel_master=RedisSentinel.NAME, timeout_s=1.0
+        )
+        bench = Bench(where, tmp_path)
+        bench.store.commit(change(draft(version="1")))
+        with servers.replica.client() as client:
+            name = f"{{{bench.fleet}}}:head"
+            wait_until(lambda: client.exists(name), PATIENCE_S, "the replica has the first revision")
+        feed = bench.feed()
+        servers.replica.pause()
+        with servers.master.client() as client:
+            # Else the frozen replica would find in its socket what was sent to it meanwhile.
+            client.execute_command("CLIENT", "KILL", "TYPE", "replica")
+        bench.store.commit(change(draft(version="2")))
+        follows(feed, 2)
+        servers.master.kill()
+        servers.replica.resume()
+        servers.wait_promoted()
+        wait_until(lambda: "older revision 1 while revision 2" in feed.stale, 30, "it is said")
+        assert number(feed) == 2
+        wait_until(lambda: bench.store.head().number == 1, 30, "the store follows the sentinels too")
+        bench.store.commit(change(draft(version="3"), reset=True, above=2))
+        follows(feed, 3)
+        bench.close()
 
 
 def test_without_redis_and_without_a_copy_the_address_is_named(tmp_path: Path) -> None:
