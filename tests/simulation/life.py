@@ -14,6 +14,7 @@ from inferfleet.brokers.memory_outlet import MemoryOutlet
 from inferfleet.config import Config, dead_letter_topic
 from inferfleet.control.filefeed import FileFeed
 from inferfleet.control.pauses import LocalPauses
+from inferfleet.control_ports import RouteFeed
 from inferfleet.errors import ModelLoadError
 from inferfleet.ports import BatchingWishes, Clock, LoadedModel, RefusalKind
 from inferfleet.records import Batch
@@ -96,6 +97,9 @@ class HandEngine(Engine):
 class Life:
     """A topic, its requests, and one worker after another."""
 
+    strict = True
+    running: Worker
+
     def __init__(self, seed: int, config: Config, patch: pytest.MonkeyPatch) -> None:
         self.rng = random.Random(seed)
         self.clock = FakeClock()
@@ -135,7 +139,7 @@ class Life:
         settings = msgspec.structs.replace(
             self.config, worker=msgspec.structs.replace(self.config.worker, id=name)
         )
-        return Worker(
+        self.running = Worker(
             settings,
             Adapters(
                 intake=WatchedIntake(self.broker, self.config.group, self.audit.may_repeat),
@@ -145,12 +149,18 @@ class Life:
                 metrics=PrometheusMetrics(),
                 clock=self.clock,
                 news=news,
-                feed=FileFeed(lambda: self.routes, self.clock),
+                feed=self.feed(),
                 pauses=LocalPauses(),
                 marks=self.marks,
                 brokers=frozenset({"kafka"}),
+                strict=self.strict,
             ),
         )
+        return self.running
+
+    def feed(self) -> RouteFeed:
+        """Return where the next worker's routes come from."""
+        return FileFeed(lambda: self.routes, self.clock)
 
     def load(self, model: str, version: str) -> LoadedModel:
         """Give a puppet out, or refuse a version that is broken."""
