@@ -14,10 +14,13 @@ from click.testing import CliRunner
 from inferfleet.cli import cli
 from inferfleet.cli.coordinator import RepositoryView, holder_name
 from inferfleet.config import Coordinator
+from inferfleet.coordinator.endpoints import ENDPOINTS
 from inferfleet.coordinator.exposure import Exposure, expose
 from inferfleet.coordinator.tokens import Caller, Role, TokenBook, token_line
 from inferfleet.errors import ConfigError
 from inferfleet.models.repository import Repository
+from inferfleet.telemetry.coordinator import CoordinatorMetrics
+from inferfleet.telemetry.metrics import PREFIX
 from tests.support.certificates import write_certificates
 
 DASHBOARD = resources.files("inferfleet.coordinator") / "dashboard"
@@ -176,6 +179,33 @@ def test_the_models_of_a_repository_are_told_with_what_is_wrong(tmp_path: Path) 
     assert found.versions[0].digest == repository.fetch("m", "1").digest
     assert "model check" in found.versions[1].problem
     assert str(tmp_path) not in found.versions[1].problem
+
+
+# The reference
+
+REFERENCE = (Path(__file__).resolve().parents[2] / "docs" / "reference.md").read_text()
+
+
+def test_the_reference_has_every_write_with_its_role() -> None:
+    """And every path that is read."""
+    section = REFERENCE.partition("## Coordinator API")[2].partition("\n## ")[0]
+    for each in ENDPOINTS:
+        last = each.path.rpartition("/")[2]
+        if each.role is None or each.path == "/openapi.json":
+            continue
+        if each.method == "GET":
+            assert f"`{each.path}`" in section or f"`/{last}`" in section, each.path
+            continue
+        row = next(line for line in section.splitlines() if line.startswith(f"| `{each.role.word}` |"))
+        assert f"`{each.method} {each.path}`" in row or f"`/{last}`" in row, (each.method, each.path)
+
+
+def test_the_reference_has_every_metric_of_a_coordinator() -> None:
+    """Under the name that it is scraped by."""
+    for family in CoordinatorMetrics("0").registry.collect():
+        if family.name.startswith(PREFIX):
+            name = family.name.removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+            assert f"| `{name}` |" in REFERENCE, name
 
 
 # The dashboard
