@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from inferfleet.client import Client
 from inferfleet.config import load
-from tests.support.fleet import Fleet, WorkerProcess
+from tests.support.fleet import COMMAND, Fleet, WorkerProcess
 from tests.support.fleet_traffic import OpenLoop, Reader, judge
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
@@ -46,6 +48,31 @@ class Desk:
         self.fleet.write_routes()
         return self.run("route", "apply", str(self.fleet.routes_file), *arguments, code=code)
 
+    def run_any(self, *arguments: str) -> str:
+        """Run to the end, whatever the exit code is."""
+        running = self.start(*arguments)
+        said, _ = running.communicate(timeout=60)
+        return said
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [*COMMAND, "--config", str(self.fleet.config), *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.fleet.folder,
+            env={**os.environ, **FOLLOW},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def file_of(self, version: str) -> str:
+        """Write the route with a version into a file of its own."""
+        self.fleet.routes["sums"]["version"] = version
+        self.fleet.write_routes()
+        copy = self.fleet.folder / f"routes-{version}.toml"
+        copy.write_text(self.fleet.routes_file.read_text())
+        return str(copy)
+
     def workers(self, *names: str) -> list[WorkerProcess]:
         found = [self.fleet.launch(name, env=FOLLOW) for name in names]
         return [each.wait_ready() for each in found]
@@ -67,7 +94,7 @@ def desk(kafka: KafkaServer, redis_server: RedisServer, tmp_path: Path) -> Itera
 
 
 def test_blue_green_under_load_switches_at_one_instant_and_fails_nothing(
-    desk: Desk, kafka: KafkaServer, record_property: pytest.RecordProperty
+    desk: Desk, kafka: KafkaServer, record_property: Callable[[str, object], None]
 ) -> None:
     """No request fails; by its own time each is answered by the version of that time, by both workers."""
     fleet, client = desk.fleet, kafka.client_config()
@@ -90,13 +117,13 @@ def test_blue_green_under_load_switches_at_one_instant_and_fails_nothing(
         (newest,) = desk.json("route", "history", "sums", "--limit", "1")
         switch_ms = newest["effective_from_ms"]
         by_version = {"1": 0, "2": 0}
-        late, early = [], []
+        wrong: list[str] = []
         for name in load.rows:
             version = answers.only(name).served["version"]
             by_version[version] += 1
-            past = asked.only(name).timestamp_ms >= switch_ms
-            (late if past and version == "1" else early if not past and version == "2" else []).append(name)
-        assert (late, early) == ([], [])
+            if version != ("2" if asked.only(name).timestamp_ms >= switch_ms else "1"):
+                wrong.append(name)
+        assert wrong == []
         assert min(by_version.values()) > RATE / 2
         servers = {answers.only(name).served["worker"] for name in load.rows}
         assert servers == {"w-1", "w-2"}
@@ -173,3 +200,57 @@ def test_an_audit_log_that_was_touched_in_redis_is_found(desk: Desk, redis_serve
         for entry, words in ((first, changed), *rest):
             redis.xadd(stream, words, id=entry)
     assert "entry 2 does not continue entry 1" in desk.run("audit", "verify", code=1)
+
+
+def test_after_a_flush_only_a_reset_goes_on(desk: Desk, redis_server: RedisServer) -> None:
+    """A plain apply is refused and names the workers; a reset is above what they hold, and they follow."""
+    (worker,) = desk.workers("w-1")
+    desk.apply("2")
+    with redis_server.client() as redis:
+        for key in redis.scan_iter(f"{{{desk.fleet.name}}}:*"):
+            if b":workers:" not in key:
+                redis.delete(key)
+    said = desk.apply("1", code=1)
+    assert "w-1 holds revision 3 of epoch 0: the store has lost revisions" in said
+    assert "`route apply --reset FILE`" in said
+    assert '"FAIL"' in desk.run_any("doctor", "--no-load", "--json")
+
+    assert "revision 4 is in force" in desk.apply("1", "--reset", "--yes", "--reason", "Redis was flushed")
+    wait_until(lambda: _registered(desk)["revision"] == 4, 20, "the worker follows the new log")
+    wait_until(lambda: not _registered(desk)["stale"], 20, "its routes are not old")
+    assert "acknowledged by 1 worker" in desk.apply("2")
+    assert worker.finish() == 0
+
+
+def test_a_log_whose_routes_are_gone_is_started_anew(desk: Desk, redis_server: RedisServer) -> None:
+    """Half of it lost: every reader says so with the mend, and the mend works."""
+    desk.apply("2")
+    with redis_server.client() as redis:
+        redis.delete(f"{{{desk.fleet.name}}}:routes")
+    assert "inferfleet route apply --reset" in desk.apply("1", code=1)
+    desk.apply("1", "--reset", "--yes")
+    assert desk.json("route", "list")["epoch"] == 1
+    assert desk.run("route", "list").count("1 100%") == 1
+
+
+def test_of_two_applies_at_once_both_end_and_one_stands(desk: Desk) -> None:
+    """One may be told of the conflict or replaced; the log has no gap, and the audit chain holds."""
+    (worker,) = desk.workers("w-1")
+    texts = [desk.file_of(version) for version in ("1", "2")]
+    running = [desk.start("route", "apply", text, "--actor", f"a-{i}") for i, text in enumerate(texts)]
+    for each in running:
+        each.communicate(timeout=60)
+    codes = [each.returncode for each in running]
+    assert set(codes) <= {0, 1}
+    assert 0 in codes
+    shown = desk.json("route", "show", "sums")
+    assert shown["announced"] is None
+    numbers = [each["revision"] for each in desk.json("route", "history", "sums")]
+    assert numbers == list(range(len(numbers), 0, -1))
+    assert desk.run("audit", "verify").startswith("ok: ")
+    assert worker.finish() == 0
+
+
+def _registered(desk: Desk) -> Any:
+    (found,) = desk.json("status")["control"]["workers"]
+    return found
