@@ -186,6 +186,28 @@ def control_plane(obj: Place, /, output: Path | None, **plan: Any) -> None:
     _show(result, output)
 
 
+@main.command()
+@click.option("--runs", type=click.IntRange(1), default=3, help="Runs without and with the shadow, in turn.")
+@click.option("--seconds", type=click.FloatRange(5), default=30.0, help="How long requests flow in each.")
+@click.option("--load", type=click.FloatRange(0.05, 0.9), default=0.5, help="Share of what the model can do.")
+@click.option("--goal-ms", type=click.FloatRange(10), default=200.0, help="The route's latency goal.")
+@_output
+@click.pass_obj
+def shadow(obj: Place, runs: int, seconds: float, load: float, goal_ms: float, output: Path | None) -> None:
+    """Send at half load without and with a shadow as heavy as the primary; print p99 and coverage."""
+    from loadtest import shadow as shadows
+    from loadtest.stage import stage
+
+    plan = shadows.Plan(runs=runs, seconds=seconds, load=load, goal_ms=goal_ms)
+    with stage(*obj.kafka) as on:
+        result = shadows.compare(on, plan, tell=click.echo)
+    click.echo(shadows.table(result))
+    if output is not None:
+        _show(result, output)
+    if result["shortfalls"]:
+        raise SystemExit(1)
+
+
 def _sizes(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in (text or "").split(",") if part)

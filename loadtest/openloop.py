@@ -81,7 +81,7 @@ def run(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str,
     """Run the plan with real workers on fresh topics; return figures and ``shortfalls`` (none: all holds)."""
     cluster = on.cluster
     requests, results = cluster.create("openloop.requests"), cluster.create("openloop.results")
-    _stamp_on_append(cluster, results)
+    stamp_on_append(cluster, results)
     fleet = Fleet(
         name=f"lt-{uuid.uuid4().hex[:8]}",
         bootstrap=cluster.bootstrap,
@@ -114,7 +114,8 @@ def run(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str,
         cluster.delete(requests, results, *fleet.derived)
 
 
-def _stamp_on_append(cluster: Cluster, topic: str) -> None:
+def stamp_on_append(cluster: Cluster, topic: str) -> None:
+    """Let the broker stamp records of a topic when it appends them."""
     entry = ConfigEntry(
         "message.timestamp.type", "LogAppendTime", incremental_operation=AlterConfigOpType.SET
     )
