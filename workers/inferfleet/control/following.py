@@ -24,7 +24,8 @@ from inferfleet.errors import ConfigError, ControlError
 from inferfleet.revisions import EMPTY_LOG, Head, Revision, RouteLog
 
 READS = 20
-MANY = 100
+MANY = 1_000
+"""More than one change brings, so that what was written as a whole is adopted as a whole."""
 GOOD = (Adoption.SAME, Adoption.NEWER)
 
 

@@ -13,8 +13,8 @@ MAX_REVISIONS = 10_000
 MAX_REPORTS = 10_000
 """How many entries the stream of one route's summaries keeps, about; each holds one flush of one worker."""
 REPORTS_TTL_MS = 3_600_000
-INDEX_KEPT_S = 86_400
-"""How long the index of workers names one that is silent."""
+INDEX_KEPT_S = 600
+"""How long the index of workers names one that is silent; one that lives enters itself with each report."""
 
 
 class Keys:

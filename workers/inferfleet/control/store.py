@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -66,6 +67,7 @@ class RedisControlStore:
         self._parse = parser(fleet)
         self._lock = threading.Lock()
         self._known: tuple[bytes, RouteLog] | None = None
+        self._documents: tuple[bytes, Mapping[str, Stored]] | None = None
 
     def __repr__(self) -> str:
         return f"RedisControlStore({self._address}, {self._keys!r})"
@@ -210,9 +212,17 @@ class RedisControlStore:
         ]
 
     def documents(self) -> Mapping[str, Stored]:
-        """Return all rollouts by their ids."""
-        found = self._calls.run("HGETALL", self._keys.rollouts)
-        return {name.decode(): _stored(value) for name, value in found.items()}
+        """Return all rollouts by their ids; read anew only when something was changed."""
+        document = self._head()[1]
+        with self._lock:
+            if self._documents is not None and document and self._documents[0] == document:
+                return self._documents[1]
+        values = self._calls.run("HGETALL", self._keys.rollouts)
+        found = MappingProxyType({name.decode(): _stored(value) for name, value in values.items()})
+        if document and self._head()[1] == document:
+            with self._lock:
+                self._documents = (document, found)
+        return found
 
     def audit(self, *, after: int = 0, limit: int = 1_000) -> list[tuple[AuditEntry, bytes]]:
         """Return audit entries with numbers above ``after``, in order, each with its document as stored.
