@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from inferfleet.records import Signature
+if TYPE_CHECKING:
+    from inferfleet.records import Signature
 
 
 class VersionFacts(NamedTuple):

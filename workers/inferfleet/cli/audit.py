@@ -6,17 +6,19 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 import msgspec
 
 from inferfleet.cli import control
 from inferfleet.cli.frame import Session, echo_json, pass_session
-from inferfleet.control_ports import ControlStore
 from inferfleet.core.audit_chain import Chain, digest, follow
 from inferfleet.errors import ControlError
 from inferfleet.plane import AuditEntry
+
+if TYPE_CHECKING:
+    from inferfleet.control_ports import ControlStore
 
 PAGE = 1_000
 

@@ -7,16 +7,18 @@ import getpass
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from inferfleet.catalogue import VersionFacts
 from inferfleet.config import Config
-from inferfleet.control_ports import ControlStore
 from inferfleet.coordinator.announcing import Timing
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.errors import ModelRepositoryError
-from inferfleet.models.repository import Repository
-from inferfleet.redis_access import control_place_of, open_redis
 from inferfleet.worker.clock import SystemClock
+
+if TYPE_CHECKING:
+    from inferfleet.control_ports import ControlStore
+    from inferfleet.models.repository import Repository
 
 ANSWER_S = 5.0
 
@@ -46,6 +48,7 @@ class RepositoryCatalogue:
 def open_store(config: Config, answer_s: float = ANSWER_S) -> ControlStore:
     """Return the control plane's store; it connects when it is first used. Close it."""
     from inferfleet.control.store import RedisControlStore
+    from inferfleet.redis_access import control_place_of, open_redis
 
     place = replace(control_place_of(config), timeout_s=answer_s)
     return RedisControlStore(
@@ -66,6 +69,8 @@ def opened(config: Config) -> Iterator[ControlStore]:
 
 def route_control(config: Config, store: ControlStore) -> RouteControl:
     """Return what plans and makes changes of the routes in a store."""
+    from inferfleet.models.repository import Repository
+
     catalogue = RepositoryCatalogue(Repository(config.models_path, config.models.trusted))
     timing = Timing(config.routing.lead_ms, config.routing.barrier_s)
     return RouteControl(store, SystemClock(), catalogue, config.fleet.name, timing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,10 +11,12 @@ from inferfleet.catalogue import Catalogue, VersionFacts
 from inferfleet.core.planning import RouteChange
 from inferfleet.errors import ConfigError, ConflictError
 from inferfleet.plane import Stored, version_name
-from inferfleet.records import Signature
 from inferfleet.revisions import RouteLog
 from inferfleet.rollouts import ENDED
 from inferfleet.routes import Destination, Route
+
+if TYPE_CHECKING:
+    from inferfleet.records import Signature
 
 LATEST = "latest"
 

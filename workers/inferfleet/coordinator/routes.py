@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inferfleet.catalogue import Catalogue
-from inferfleet.control_ports import ControlStore
 from inferfleet.coordinator.announcing import (
     Applied,
     Author,
@@ -49,6 +48,9 @@ from inferfleet.plane import AuditEntry, Change, Draft, WorkerReport
 from inferfleet.ports import Clock
 from inferfleet.revisions import Head, Revision, RouteLog
 from inferfleet.routes import Route, RouteTable, route_table
+
+if TYPE_CHECKING:
+    from inferfleet.control_ports import ControlStore
 
 LOOK_EVERY_S = 0.25
 ACKNOWLEDGE_S = 30.0
