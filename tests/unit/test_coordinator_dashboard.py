@@ -105,15 +105,15 @@ def test_it_shows_the_fleet(bench: Bench) -> None:
     found = drawn(bench, token="t")
     texts = {name: each["text"] for name, each in found["shown"].items()}
 
-    for said in ("stable: version 1, 95 %", "canary: version 2, 5 %", "revision 2 waits for 1 of 1 workers",
-                 "stable: version 3, 100 %", "paused on 1 of 1 workers", "the brake"):  # fmt: skip
+    for said in ("stable: version 1, 95 %", "canary: version 2, 5 %", "revision 2 waits for 1 of 1 worker",
+                 "stable: version 3, 100 %", "paused on 1 of 1 worker", "the brake"):  # fmt: skip
         assert said in texts["routes"], said
     for said in ("digits-2 (canary)", "1 → 3", "step 1", "lag: rising", '"requests": 77'):
         assert said in texts["rollouts"], said
     for said in ("w-1", "redis does not answer", "refuses digits:3", "30 s ago", "2 behind", "42", "12"):
         assert said in texts["workers"], said
     assert "apply route digits" in texts["audit"]
-    assert "Revision 2, 1 workers" in texts["state"]
+    assert "Revision 2, 1 worker," in texts["state"]
     assert not found["shown"]["board"]["hidden"]
     assert found["shown"]["login"]["hidden"]
 
@@ -140,4 +140,5 @@ def test_it_asks_for_a_token_once_it_is_told_to(bench: Bench) -> None:
     assert found["kept"] == {}
     assert not found["shown"]["login"]["hidden"]
     assert found["shown"]["board"]["hidden"]
+    assert len(found["asked"]) == 1
     assert "token" in found["shown"]["state"]["text"]

@@ -74,6 +74,7 @@ function show(id, content, key) {
 
 const percent = (share) => `${Number(share.toFixed(2))} %`;
 const clock = (ms) => new Date(ms).toLocaleTimeString();
+const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const moment = (ms) => new Date(ms).toLocaleString();
 
 function span(ms) {
@@ -91,7 +92,7 @@ function ownShare(variant) {
 // Sections
 
 function versionsOf(route) {
-  if (!route) return element("span", { text: "taken away", kind: "wait" });
+  if (!route) return element("span", { text: route === null ? "taken away" : "nothing yet", kind: "wait" });
   const shares = route.variants.map(ownShare);
   const words = route.variants.map(
     (each, i) => `${each.name}: version ${each.version}, ${percent(shares[i])}`);
@@ -103,7 +104,7 @@ function pausedBy(route, workers) {
   const found = workers.filter((each) => route in each.paused);
   if (!found.length) return "";
   const reasons = [...new Set(found.map((each) => each.paused[route]))];
-  return lines([`paused on ${found.length} of ${workers.length} workers`, ...reasons], "bad");
+  return lines([`paused on ${found.length} of ${counted(workers.length, "worker")}`, ...reasons], "bad");
 }
 
 function pendingOf(route, workers) {
@@ -111,7 +112,7 @@ function pendingOf(route, workers) {
   const pool = (route.pending.route ?? route.standing?.route ?? {}).pool ?? "default";
   const pooled = workers.filter((each) => each.pool === pool && !each.draining);
   const late = pooled.filter((each) => (each.adopted[route.name] ?? 0) < route.pending.number);
-  const told = `revision ${route.pending.number} waits for ${late.length} of ${pooled.length} workers`;
+  const told = `revision ${route.pending.number} waits for ${late.length} of ${counted(pooled.length, "worker")}`;
   return element("div", { kind: "wait", title: late.map((each) => each.worker).join(", ") },
     element("div", { text: told }), versionsOf(route.pending.route));
 }
@@ -128,9 +129,15 @@ function routesTable({ routes }, workers) {
   }));
 }
 
-function details(title, value) {
+// Which details are open, so that they stay so when what is in them changes.
+const opened = new Set();
+
+function details(key, title, value) {
   const text = JSON.stringify(value, null, 1);
-  return element("details", {}, element("summary", { text: title }), element("pre", { text }));
+  const made = element("details", {}, element("summary", { text: title }), element("pre", { text }));
+  made.open = opened.has(key);
+  made.addEventListener("toggle", () => (made.open ? opened.add(key) : opened.delete(key)));
+  return made;
 }
 
 const PHASES = { done: "good", aborted: "bad", inconclusive: "wait" };
@@ -144,7 +151,7 @@ function rolloutsTable({ rollouts }) {
       const phase = each.step >= 0 && !each.ended ? `${each.phase} ${each.step + 1}` : each.phase;
       return [`${each.id} (${each.kind})`, each.route, `${each.from_version} → ${each.to_version}`,
         element("span", { text: phase, kind: PHASES[each.phase] ?? (each.waits_for.length ? "wait" : "") }),
-        percent(each.percent), lines(reasons.filter(Boolean)), details("show", each.evidence)];
+        percent(each.percent), lines(reasons.filter(Boolean)), details(`rollout ${each.id}`, "show", each.evidence)];
     }));
 }
 
@@ -169,7 +176,7 @@ function auditTable({ entries }) {
   if (!entries.length) return element("p", { text: "Nothing was changed yet.", kind: "quiet" });
   return table(["when", "who", "what", "why", ""], entries.toReversed().map((each) => [
     moment(each.at_ms), each.actor, `${each.action} ${each.subject}`, each.reason,
-    details("before, after", { before: each.before, after: each.after })]));
+    details(`change ${each.number}`, "before, after", { before: each.before, after: each.after })]));
 }
 
 // Asking
@@ -198,9 +205,10 @@ async function withEvidence(rollouts) {
 }
 
 async function look() {
-  const names = Object.keys(PLACES);
-  const answers = await Promise.all(names.map((name) => ask(PLACES[name])));
-  const found = Object.fromEntries(names.map((name, i) => [name, answers[i]]));
+  // One first: where a token is wanted, that is to be told once.
+  const [first, ...names] = Object.keys(PLACES);
+  const answers = [await ask(PLACES[first]), ...await Promise.all(names.map((name) => ask(PLACES[name])))];
+  const found = Object.fromEntries([first, ...names].map((name, i) => [name, answers[i]]));
   found.rollouts.rollouts = await withEvidence(found.rollouts.rollouts);
   const { workers } = found.workers;
   show("routes", routesTable(found.routes, workers), JSON.stringify([found.routes, workers.map((each) =>
@@ -209,7 +217,7 @@ async function look() {
   show("workers", workersTable(found.workers, found.routes.head), JSON.stringify(found.workers));
   show("audit", auditTable(found.audit), JSON.stringify(found.audit));
   byId("state").textContent =
-    `Revision ${found.routes.head.number}, ${workers.length} workers, seen at ${clock(Date.now())}`;
+    `Revision ${found.routes.head.number}, ${counted(workers.length, "worker")}, seen at ${clock(Date.now())}`;
 }
 
 function tokenWanted(wanted) {
