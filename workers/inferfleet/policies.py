@@ -96,10 +96,12 @@ class Holds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):
-    """A value of the feedback topic that an A/B test is judged by.
+    """A value of the feedback topic that a rollout is judged by; a proportion's values are 0 to 1.
 
-    ``minimum_effect`` is the difference worth finding, in the metric's own unit; with ``baseline`` (a
-    proportion, or a mean's standard deviation) it says how many keys each arm needs.
+    For an A/B test ``minimum_effect`` is the difference worth finding, in the metric's own unit; with
+    ``baseline`` (a proportion, or a mean's standard deviation) it says how many keys each arm needs. For a
+    canary or a switch ``margin`` is how much worse than the old version the new one may be, in the metric's
+    own unit; a canary's step waits until both arms have ``minimum_labels`` independent ones.
     """
 
     name: MetricName
@@ -108,6 +110,8 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     primary: bool = True
     baseline: Annotated[float, Meta(ge=0)] = 0.5
     minimum_effect: Annotated[float, Meta(gt=0)] = 0.02
+    margin: Annotated[float, Meta(ge=0)] = 0.02
+    minimum_labels: Count = 0
 
 
 class AbTest(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +151,24 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     holds: Holds = Holds()
     ab: AbTest = AbTest()
     metrics: tuple[Metric, ...] = ()
+    feedback: str = ""
+    feedback_output: str = ""
+    feedback_horizon_s: Seconds = 86_400
+
+    @property
+    def feedback_topic(self) -> str:
+        """Where labels come from, as ``kafka:TOPIC``; empty where nothing is judged by labels."""
+        return self.feedback or self.ab.feedback
+
+    @property
+    def label_output(self) -> str:
+        """The output that the metric ``accuracy`` is computed from; empty: an answer's first one."""
+        return self.feedback_output or self.ab.output
+
+    @property
+    def label_horizon_s(self) -> float:
+        """How far a label may be from its answer, in seconds."""
+        return self.ab.horizon_s if self.kind == "ab" else self.feedback_horizon_s
 
     @property
     def hash(self) -> str:
@@ -176,7 +198,23 @@ _TABLES: dict[str, Any] = {
     "ab": AbTest,
 }
 _LISTS: dict[str, Any] = {"step": StepPlan, "metric": Metric}
-_ONLY = {"step": ("canary",), "ab": ("ab",), "metric": ("ab",), "gate_before": ("canary", "blue-green")}
+_JUDGED: tuple[str, ...] = ("canary", "blue-green", "ab")
+_ONLY: dict[str, tuple[str, ...]] = {
+    "step": ("canary",),
+    "ab": ("ab",),
+    "metric": _JUDGED,
+    "feedback": _JUDGED,
+    "feedback_output": _JUDGED,
+    "feedback_horizon_s": ("canary", "blue-green"),
+    "gate_before": ("canary", "blue-green"),
+}
+_ONLY_IN_METRIC: dict[str, tuple[str, ...]] = {
+    "primary": ("ab",),
+    "baseline": ("ab",),
+    "minimum_effect": ("ab",),
+    "margin": ("canary", "blue-green"),
+    "minimum_labels": ("canary",),
+}
 
 
 class _Top(msgspec.Struct, kw_only=True):
@@ -191,6 +229,9 @@ class _Top(msgspec.Struct, kw_only=True):
     step_limit_s: Seconds | None = None
     gate_limit_s: Seconds | None = None
     bake_s: Seconds = 3_600
+    feedback: str = ""
+    feedback_output: str = ""
+    feedback_horizon_s: Seconds = 86_400
 
 
 def load_policy(path: Path) -> Policy:
@@ -220,6 +261,7 @@ def policy_of(tree: Mapping[str, Any], origin: str, *, complete: bool = True) ->
             raise ConfigError(f'{origin}: policy {key} is for kind {" or ".join(kinds)}, not "{top.kind}"')
     parts: dict[str, Any] = {key: _table(tree.get(key, {}), key, origin, top) for key in _TABLES}
     lists = {key: _list(tree.get(key), key, origin) for key in _LISTS}
+    _check_metric_keys(tree.get("metric", ()), top.kind, origin)
     quiet = top.profile == "quiet"
     defaults = _QUIET if quiet else _USUAL
     if top.critical and top.kind in ("canary", "blue-green"):
@@ -238,6 +280,9 @@ def policy_of(tree: Mapping[str, Any], origin: str, *, complete: bool = True) ->
         bake_s=top.bake_s,
         steps=steps if top.kind == "canary" else (),
         metrics=lists["metric"],
+        feedback=top.feedback,
+        feedback_output=top.feedback_output,
+        feedback_horizon_s=top.feedback_horizon_s,
         **{key: value if getattr(top, key) is None else getattr(top, key) for key, value in defaults.items()},
         **parts,
     )
@@ -291,13 +336,32 @@ def _check(policy: Policy, origin: str, complete: bool) -> None:
     if policy.kind == "shadow" and not policy.shadow.enabled:
         raise ConfigError(f'{origin}: policy [shadow] enabled must be true for kind "shadow"')
     _check_metrics(policy.metrics, origin)
-    if policy.kind == "ab" and complete:
-        if not any(metric.primary for metric in policy.metrics):
-            raise ConfigError(f"{origin}: policy needs a [[metric]] with primary = true to judge by")
-        if not policy.ab.feedback.startswith("kafka:") or len(policy.ab.feedback) <= len("kafka:"):
-            raise ConfigError(
-                f'{origin}: policy [ab] feedback must be "kafka:TOPIC", where the labels come from'
-            )
+    _check_feedback(policy, origin, complete)
+
+
+def _check_feedback(policy: Policy, origin: str, complete: bool) -> None:
+    if policy.kind == "ab" and complete and not any(metric.primary for metric in policy.metrics):
+        raise ConfigError(f"{origin}: policy needs a [[metric]] with primary = true to judge by")
+    for key in ("feedback", "output"):
+        top = "feedback" if key == "feedback" else "feedback_output"
+        if getattr(policy, top) and getattr(policy.ab, key):
+            raise ConfigError(f"{origin}: policy {top} and [ab] {key} say the same; leave one of them out")
+    needed = policy.metrics and (complete or policy.kind != "ab")
+    topic = policy.feedback_topic
+    if (topic or needed) and (not topic.startswith("kafka:") or len(topic) <= len("kafka:")):
+        key = "[ab] feedback" if policy.kind == "ab" and not policy.feedback else "feedback"
+        raise ConfigError(f'{origin}: policy {key} must be "kafka:TOPIC", where the labels come from')
+
+
+def _check_metric_keys(written: Sequence[Mapping[str, Any]], kind: Kind, origin: str) -> None:
+    """Refuse what a metric says and a rollout of this kind would leave out of account."""
+    for index, each in enumerate(written, 1):
+        for key, kinds in _ONLY_IN_METRIC.items():
+            if key in each and kind not in kinds:
+                raise ConfigError(
+                    f"{origin}: policy [[metric]] number {index} {key} is for kind {' or '.join(kinds)}, "
+                    f'not "{kind}"'
+                )
 
 
 def _check_metrics(metrics: Sequence[Metric], origin: str) -> None:

@@ -95,13 +95,35 @@ def _labels(view: RolloutView) -> list[str]:
         for arm, metrics in labels.items()
         for metric, found in metrics.items()
     ]
-    lines = ["", *table(("metric", "arm", "labels", "mean"), sorted(rows))]
+    lines = ["", *table(("metric", "arm", "labels", "mean"), sorted(rows)), *_metrics(view)]
     lines += [
         f"look {each['number']}: bound {each['bound']:.2f}, "
         + ", ".join(f"{name} z {z:.2f}" for name, z in each["z"].items())
         for each in view.evidence.get("looks", ())
     ]
     return lines
+
+
+def _metrics(view: RolloutView) -> list[str]:
+    """Return each metric's difference with the bound that it may not pass; above 0 is worse."""
+    metrics = view.evidence.get("metrics", ())
+    rows = [
+        (
+            each["name"],
+            f"{each['arm']} against {each['against']}",
+            " and ".join(str(count) for count in each["labels"]),
+            *(_signed(each[key]) for key in ("worse_by", "at_least")),
+            f"{each['margin']:g}",
+            "passed" if each["passed"] else "kept",
+        )
+        for each in metrics
+    ]
+    headings = ("metric", "compared", "independent", "worse by", "at least", "margin", "is")
+    return ["", *table(headings, rows)] if rows else []
+
+
+def _signed(value: float | None) -> str:
+    return "too little yet" if value is None else f"{value:+.3g}"
 
 
 def _findings(view: RolloutView) -> list[str]:

@@ -66,7 +66,7 @@ class Gathering:
         self._place, self.evidence = _restored(body, rollout.id)
         self._behind = True
         self._labels = None
-        if feeds is not None and rollout.policy.ab.feedback:
+        if feeds is not None and rollout.policy.feedback_topic:
             self.evidence.labels = {}
             self._labels = Labels(rollout, feeds)
 
@@ -132,9 +132,10 @@ def _restored(body: bytes | None, rollout: str) -> tuple[str, Evidence]:
 
 
 def arm_of_label(rollout: Rollout, found: Measured) -> str:
-    """Return the arm that a labelled answer belongs to."""
+    """Return the arm that a labelled answer belongs to: what the variant that gave it says."""
     if found.version == rollout.to_version:
-        return "canary"
+        # What the new version answered alone stands apart, for then nothing was answered beside it.
+        return "canary" if rollout.kind == "ab" or found.variant == "canary" else "baked"
     return "control" if found.variant == "control" else "stable"
 
 
@@ -143,7 +144,7 @@ class Labels:
 
     def __init__(self, rollout: Rollout, feeds: Feeds) -> None:
         wants = any(metric.name == ACCURACY for metric in rollout.policy.metrics)
-        horizon_ms = int(rollout.policy.ab.horizon_s * 1000)
+        horizon_ms = int(rollout.policy.label_horizon_s * 1000)
         self._join = LabelJoin(horizon_ms, accuracy=wants)
         self._feeds = feeds
         self._feed: LabelFeed | None = None
@@ -174,13 +175,13 @@ def sought(rollout: Rollout) -> Sought:
     """Return what a rollout wants to hear; raises ConfigError where its route's answers cannot be read."""
     wants = any(metric.name == ACCURACY for metric in rollout.policy.metrics)
     return Sought(
-        source=feedback_source(rollout.policy.ab.feedback),
+        source=feedback_source(rollout.policy.feedback_topic),
         answers=answers_of(rollout.before),
         route=rollout.route,
         versions=frozenset({rollout.from_version, rollout.to_version}),
         since_revision=rollout.first_revision,
         since_ms=rollout.first_ms or rollout.begun_ms,
-        output=(rollout.policy.ab.output or FIRST) if wants else "",
+        output=(rollout.policy.label_output or FIRST) if wants else "",
         reader=rollout.id,
     )
 
@@ -190,7 +191,7 @@ def feedback_source(feedback: str) -> Destination:
     kind, _, name = feedback.partition(":")
     if kind != "kafka" or not name:
         raise ConfigError(
-            f'policy [ab] feedback "{feedback}" must be "kafka:TOPIC"; labels come from nowhere else'
+            f'policy feedback "{feedback}" must be "kafka:TOPIC"; labels come from nowhere else'
         )
     return Destination("kafka", name)
 

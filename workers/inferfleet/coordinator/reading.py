@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from inferfleet.core.evidence import Arm, Evidence, Values
 from inferfleet.core.judging import Finding
+from inferfleet.core.label_judging import Judged, judged
 from inferfleet.rollouts import Rollout
 from inferfleet.summaries import Comparison
 
@@ -39,6 +41,9 @@ def evidence_view(rollout: Rollout, evidence: Evidence, findings: Sequence[Findi
             arm: {metric: _values(found) for metric, found in metrics.items()}
             for arm, metrics in evidence.labels.items()
         }
+    metrics = judged(rollout, evidence)
+    if metrics:
+        shown["metrics"] = [_metric(each) for each in metrics]
     if rollout.looks:
         shown["looks"] = [
             {"number": each.number, "bound": each.bound, "z": each.z, "difference": each.difference}
@@ -71,6 +76,24 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "nonfinite": found.nonfinite,
         "label_changes": found.label_changes,
         "hard_flips": found.hard_flips,
+    }
+
+
+def _metric(found: Judged) -> dict[str, Any]:
+    """Return how a metric stands; what is not known yet is ``None``, and above 0 is always worse."""
+    known = math.isfinite(found.test.bound)
+    return {
+        "name": found.metric.name,
+        "goal": found.metric.goal,
+        "arm": found.arms[0],
+        "against": found.arms[1],
+        "labels": [round(each.effective) for each in (found.ours, found.theirs)],
+        "margin": found.metric.margin,
+        "worse_by": round(found.worse_by, 6) if known else None,
+        "at_least": round(found.at_least, 6) if known else None,
+        "z": round(found.test.z, 3) if known else None,
+        "bound": round(found.test.bound, 3) if known else None,
+        "passed": found.test.passed,
     }
 
 

@@ -121,7 +121,7 @@ class RolloutControl:
     def _gathering(self, rollout: Rollout, kept: Stored | None) -> Gathering:
         """Return what is known of the evidence here; the leader's own sums are where it starts from."""
         found = self._gathered.get(rollout.id)
-        if found is None or rollout.ended or rollout.policy.ab.feedback:
+        if found is None or rollout.ended or rollout.policy.feedback_topic:
             while len(self._gathered) >= 64:
                 del self._gathered[next(iter(self._gathered))]
             found = Gathering(rollout, self._store, None if kept is None else kept.body)
@@ -173,8 +173,8 @@ class RolloutControl:
             raise RefusedError(f"route {route.name}: a change of it waits for its workers; try again then")
         if route.shadow_of is not None:
             raise RefusedError(f"route {route.name} is a shadow of {route.shadow_of} and answers nobody")
-        if policy.ab.feedback:
-            feedback_source(policy.ab.feedback)
+        if policy.feedback_topic:
+            feedback_source(policy.feedback_topic)
             answers_of(route)
         both = replace(route, warm=(*route.warm, version))
         return check_served(both, self._catalogue)[version_name(route.model, version)]

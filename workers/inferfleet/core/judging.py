@@ -1,9 +1,10 @@
 """What the evidence says of a rollout: what ends it, what holds it, and whether there is enough of it. Pure.
 
 Chances: ``[guardrails] alpha`` bounds the chance that a version which is nowhere worse than its margins is
-ended by a test, over all looks of a whole rollout. It is split evenly over the six guardrails of the steps
-and the two of the bake (Bonferroni), so that it holds however the eight depend on each other, and even where
-each of them lies exactly on its margin. Hard aborts are no tests and have no such promise.
+ended by a test, over all looks of a whole rollout. It is split evenly over the six guardrails of the steps,
+the two of the bake, and one for each metric of labels that the policy names
+(:mod:`inferfleet.core.label_judging`), by Bonferroni: so it holds however the tests depend on each other, and
+even where each of them lies exactly on its margin. Hard aborts are no tests and have no such promise.
 """
 
 from __future__ import annotations
@@ -58,11 +59,18 @@ def _crashes(evidence: Evidence, aborts: Aborts) -> str:
     return ""
 
 
+def alpha_of_each(policy: Policy) -> float:
+    """Return the level of each single test; an A/B test's metrics have looks of their own and take none."""
+    metrics = 0 if policy.kind == "ab" else len(policy.metrics)
+    return policy.guardrails.alpha / (TESTS + metrics)
+
+
 def guardrails(policy: Policy, treated: Arm, control: Arm, *, baking: bool = False) -> list[Finding]:
     """Return how each guardrail stands; ``baking`` compares with the past, so only what must never rise."""
-    tests = _error_tests(policy.guardrails, treated, control)
+    rails, alpha = policy.guardrails, alpha_of_each(policy)
+    tests = _error_tests(rails, alpha, treated, control)
     if not baking:
-        tests = itertools.chain(tests, _cost_tests(policy.guardrails, treated, control))
+        tests = itertools.chain(tests, _cost_tests(rails, alpha, treated, control))
     return [_finding(name, said, test) for name, said, test in tests]
 
 
@@ -73,8 +81,10 @@ def _finding(name: str, said: str, test: Test) -> Finding:
     return Finding(name, "abort" if test.passed else "pass", shown)
 
 
-def _error_tests(rails: Guardrails, treated: Arm, control: Arm) -> Iterator[tuple[str, str, Test]]:
-    alpha, points = rails.alpha / TESTS, rails.error_points / 100
+def _error_tests(
+    rails: Guardrails, alpha: float, treated: Arm, control: Arm
+) -> Iterator[tuple[str, str, Test]]:
+    points = rails.error_points / 100
     said = f"against +{rails.error_points:g} points and x{rails.error_ratio:g}"
     failed = _failed(treated), _failed(control)
     for name, word, ours, theirs in (
@@ -97,8 +107,9 @@ def _lettered(arm: Arm, failed: Estimate) -> Estimate:
     return sequential.proportion(arm.letters, effect=effect)
 
 
-def _cost_tests(rails: Guardrails, treated: Arm, control: Arm) -> Iterator[tuple[str, str, Test]]:
-    alpha = rails.alpha / TESTS
+def _cost_tests(
+    rails: Guardrails, alpha: float, treated: Arm, control: Arm
+) -> Iterator[tuple[str, str, Test]]:
     # Requests of a batch have one span of model time: a batch counts once.
     ours, theirs = sequential.kish(treated.failures), sequential.kish(control.failures)
     compute = Times(treated.compute, ours), Times(control.compute, theirs)

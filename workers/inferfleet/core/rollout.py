@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from inferfleet.core import ab, judging, rollout_routes
+from inferfleet.core import ab, judging, label_judging, rollout_routes
 from inferfleet.core.judging import Finding
 from inferfleet.core.rollout_moves import Step as Step
 from inferfleet.core.rollout_moves import (
@@ -33,6 +33,7 @@ from inferfleet.core.rollout_moves import (
     through_gate,
     told,
 )
+from inferfleet.core.rollout_moves import load_refused as load_refused
 from inferfleet.evidence import Evidence
 from inferfleet.policies import Policy
 from inferfleet.rollouts import Hold, Pause, RefusedError, Rollout, replace
@@ -132,6 +133,7 @@ def _danger(rollout: Rollout, evidence: Evidence) -> list[Finding]:
         return judging.hard_aborts(policy, evidence, "shadow") + judging.shadow_findings(policy, evidence)
     baked = rollout.phase == "bake" and rollout.effect == "none"
     found = judging.hard_aborts(policy, evidence, "baked" if baked else "canary")
+    found += label_judging.label_guardrails(rollout, evidence)
     control = evidence.arm("control" if policy.control or rollout.kind == "ab" else "stable")
     if baked:
         # A switch has no control slice: what stable answered before is all there is to compare with.
@@ -193,11 +195,18 @@ def _too_few(rollout: Rollout, evidence: Evidence) -> list[Finding]:
             if each.verdict == "wait"
         ]
     if rollout.phase == "step" and rollout.watched_s >= rollout.policy.steps[rollout.step].dwell_s:
-        minimum = rollout.policy.steps[rollout.step].minimum
-        count = _counted(rollout, evidence)
-        if count < minimum:
-            return [Finding("too few", "hold", f"{count:.0f} of {minimum} independent messages")]
+        lacking = _lacking(rollout, evidence)
+        if lacking:
+            return [Finding("too few", "hold", lacking)]
     return []
+
+
+def _lacking(rollout: Rollout, evidence: Evidence) -> str:
+    """Say of what a step has too little to be passed, messages or labels; empty where it has enough."""
+    minimum = rollout.policy.steps[rollout.step].minimum
+    count = _counted(rollout, evidence)
+    messages = f"{count:.0f} of {minimum} independent messages" if count < minimum else ""
+    return ", ".join(filter(None, (messages, label_judging.lacking_labels(rollout, evidence))))
 
 
 def _counted(rollout: Rollout, evidence: Evidence) -> float:
@@ -243,9 +252,9 @@ def _progress(rollout: Rollout, evidence: Evidence, now_ms: int) -> Step | None:
             return onward(rollout, now_ms, said.text)
         case "step":
             plan = policy.steps[rollout.step]
-            count = _counted(rollout, evidence)
-            if rollout.watched_s < plan.dwell_s or count < plan.minimum:
+            if rollout.watched_s < plan.dwell_s or _lacking(rollout, evidence):
                 return None
+            count = _counted(rollout, evidence)
             return onward(rollout, now_ms, f"{count:.0f} independent messages in {rollout.watched_s:.0f} s")
         case "gate":
             return through_gate(rollout, now_ms)
