@@ -45,12 +45,12 @@ from inferfleet.core.planning import RouteChange
 from inferfleet.core.revisions import timeline
 from inferfleet.errors import ConfigError, ConflictError, ControlError, LogLostError
 from inferfleet.plane import AuditEntry, Change, Draft, WorkerReport
-from inferfleet.ports import Clock
 from inferfleet.revisions import Head, Revision, RouteLog
 from inferfleet.routes import Route, RouteTable, route_table
 
 if TYPE_CHECKING:
     from inferfleet.control_ports import ControlStore
+    from inferfleet.ports import Clock
 
 LOOK_EVERY_S = 0.25
 ACKNOWLEDGE_S = 30.0
