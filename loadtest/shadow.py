@@ -67,7 +67,7 @@ rounds = {rounds}
 
 @dataclass(frozen=True)
 class Plan:
-    """``runs`` of each kind, ``seconds`` each after ``warmup``; ``load`` is of what the model can do alone."""
+    """``runs`` of each kind, ``seconds`` each after ``warmup``; ``load`` is of what the model does alone."""
 
     runs: int = 3
     seconds: float = 30.0
@@ -82,7 +82,7 @@ class Plan:
 
 
 def compare(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run without and with the shadow in turn; return medians, coverage and ``shortfalls``; none: it holds."""
+    """Run without and with the shadow in turn; return medians, coverage and ``shortfalls``, if any."""
     with on_cores(on.cores.subject):
         row_s, rounds = _calibrate()
     rate = plan.load / row_s
@@ -278,7 +278,8 @@ def table(result: dict[str, Any]) -> str:
         f"{'without':<10} {without['p50_ms']:>9.2f} {without['p99_ms']:>9.2f}",
         f"{'with':<10} {with_['p50_ms']:>9.2f} {with_['p99_ms']:>9.2f}",
         f"p99 + {with_['p99_ms'] - without['p99_ms']:.2f} ms;"
-        f" a shadow's batch may take {result['cap_ms']:g} ms (its p99: at most {result['shadow_batch_p99_ms']:g} ms)",
+        f" a shadow's batch may take {result['cap_ms']:g} ms"
+        f" (its p99: at most {result['shadow_batch_p99_ms']:g} ms)",
         f"coverage {with_['coverage']:.0%}; the primary's model was busy {without['busy']:.0%} of the time",
         *result["shortfalls"],
     ]

@@ -142,7 +142,7 @@ class Observing:
                 bad[served] = bad.get(served, 0) + 1
                 plan = whose(failure.part)[0]
                 if len(plan.variants) > 1:
-                    self._groups_of(served)[1, _digests(plan, failure.part)[0] % KEY_GROUPS] += 1
+                    self._groups_of(served)[1, int(_digests(plan, failure.part)[0]) % KEY_GROUPS] += 1
         total = sum([requests for requests, _ in counts.values()])
         for served, (requests, rows) in counts.items():
             window = self.window(*places.get(served, (served, "primary")))
@@ -159,10 +159,10 @@ class Observing:
         digests = _digests(plan, part)
         window = self.window(served)
         if not seen.full:
-            window.first_seen += seen.met(served, digests)
+            window.first_seen += seen.met(served, digests.tolist())
         window.first_seen_full = seen.full
-        groups = np.array(digests, np.uint64) % np.uint64(KEY_GROUPS)
-        self._groups_of(served)[0] += np.bincount(groups.astype(np.intp), minlength=KEY_GROUPS)
+        groups = (digests % np.uint64(KEY_GROUPS)).astype(np.intp)
+        self._groups_of(served)[0] += np.bincount(groups, minlength=KEY_GROUPS)
 
     def _groups_of(self, served: Served) -> Array:
         """Return the requests, and the failures among them, of each group of keys of an open window."""
@@ -233,8 +233,9 @@ def shadow_place(plan: RoutePlan, served: Served | None) -> tuple[Served, str]:
     return Served(plan.route.shadow_of or "", plan.route.model, version, plan.name, plan.revision), "shadow"
 
 
-def _digests(plan: RoutePlan, part: Requests) -> list[int]:
-    return list(map(xxhash.xxh3_64_intdigest, plan.keys(part)))
+def _digests(plan: RoutePlan, part: Requests) -> Array:
+    """Return the unsalted xxh3 of each request's key, unsigned 64 bits."""
+    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, plan.keys(part))), ">u8").astype(np.uint64)
 
 
 def fill_batch(window: Window, requests: int, rows: int, bad: int, each_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakValueDictionary
 
 from inferfleet.addresses import REPLY, on_rabbitmq
@@ -251,6 +251,8 @@ class RoutePlan:
                 next((value for key, value in headers[row] or () if key.lower() == name), None)
                 for row in part.rows
             ]
+        if None not in found:
+            return cast("list[bytes]", found)
         return [
             request_id.encode() if key is None else key
             for key, request_id in zip(found, part.ids, strict=True)
