@@ -14,6 +14,7 @@ import structlog
 import uvicorn
 
 from inferfleet.coordinator.app import Application
+from inferfleet.coordinator.connections import ImpatientProtocol
 from inferfleet.coordinator.exposure import Exposure
 from inferfleet.coordinator.leader import Leadership
 from inferfleet.telemetry.admin import AdminServer, Health
@@ -62,7 +63,7 @@ def run(replica: Replica) -> None:
     server = _Server(
         uvicorn.Config(
             replica.application,
-            http="h11",
+            http=ImpatientProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
