@@ -3,7 +3,8 @@
 What is simulated are the sums that workers would report, minute by minute and arm by arm; what is decided on
 them is decided by the machine itself (:mod:`inferfleet.core.rollout`). Messages come in batches. A share of
 the failures takes whole batches, and where keys repeat the others belong to keys, which fail always or never:
-both are what makes messages less independent than they look.
+both are what makes messages less independent than they look. Where keys do not repeat, groups of keys are
+left out: their variance could only make the machine more careful.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Ticks(NamedTuple):
     sums: Array
     compute: Array
     latency: Array
-    trials: Array
-    events: Array
+    trials: Array | None
+    events: Array | None
 
 
 class Traffic:
@@ -128,8 +129,9 @@ class Traffic:
         self.total += ticks.sums[at]
         self.totals[0] += ticks.compute[at]
         self.totals[1] += ticks.latency[at]
-        self.groups[0] += ticks.trials[at]
-        self.groups[1] += ticks.events[at]
+        if ticks.trials is not None and ticks.events is not None:
+            self.groups[0] += ticks.trials[at]
+            self.groups[1] += ticks.events[at]
         self._fill(ticks, at)
 
     def _fill(self, ticks: Ticks, at: int) -> None:
@@ -140,7 +142,9 @@ class Traffic:
         arm.requests, arm.dead_letters = int(trials), int(events)
         arm.compute.buckets = dict(enumerate(self.totals[0].tolist(), self.first))
         arm.latency.buckets = dict(enumerate(self.totals[1].tolist(), self.latency_first))
-        arm.key_groups = dict(enumerate(zip(self.groups[0].tolist(), self.groups[1].tolist(), strict=True)))
+        if self.scenario.repeat_keys > 1:
+            pairs = zip(self.groups[0].tolist(), self.groups[1].tolist(), strict=True)
+            arm.key_groups = dict(enumerate(pairs))
         requests, failed = float(ticks.sums[at][1]), float(ticks.sums[at][2])
         if requests:
             arm.letters.add(requests, failed)
@@ -151,18 +155,17 @@ class Traffic:
         rng, size = self.rng, self.scenario.batch_size
         batches = rng.poisson(self.scenario.rate * self.share * look_s / size, CHUNK)
         whole = rng.binomial(batches, self.scenario.errors(self.name) * self.scenario.batch_errors)
-        trials = rng.multinomial(batches * size, np.full(KEY_GROUPS, 1 / KEY_GROUPS))
+        trials = by_group = None
         if self.scenario.repeat_keys > 1:
-            share = self.keys[1] / np.maximum(1, self.keys[0])
-            mine = rng.binomial(trials, np.minimum(1, share))
+            trials = _spread(rng, batches * size)
+            mine = rng.binomial(trials, np.minimum(1, self.keys[1] / np.maximum(1, self.keys[0])))
+            by_group = np.minimum(trials, mine + _spread(rng, whole * size))
             single = np.minimum(mine.sum(axis=1), (batches - whole) * size)
         else:
             single = rng.binomial((batches - whole) * size, self._single())
-            mine = _spread(rng, single)
         squares, events = self._in_batches(batches - whole, single)
         events = events + whole * size
         squares = squares + whole * size * size
-        by_group = np.minimum(trials, mine + _spread(rng, whole * size))
         sums = np.stack(
             [batches, batches * size, events, batches * size * size, squares, events * size], axis=1
         )
