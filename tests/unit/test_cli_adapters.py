@@ -93,3 +93,40 @@ def test_prefetch_follows_the_routes() -> None:
         joining.follow(table("rabbitmq:other", "rabbitmq:/out").of_pool("default"))
         assert joining._prefetch("rabbitmq:other") == 64 * 3
         assert list(joining._delays) == ["rabbitmq:other"]
+
+
+FLEET = parse(
+    '[fleet]\nname = "f"\n[kafka]\nbootstrap_servers = "127.0.0.1:1"\n[rabbitmq]\nurl = "amqp://127.0.0.1:1/"\n'
+    "[redis]\nurl = 'redis://127.0.0.1:1/0'\n[worker]\nid = 'w-1'\n[routes]\nsource = 'fleet'"
+)
+
+
+def test_a_worker_of_the_control_plane_opens_a_broker_when_a_route_names_it() -> None:
+    """It may start without any route; the first one works without a restart, whatever it names."""
+    joining = Joining(FLEET, (), Models(), SimpleQueue(), PrometheusMetrics(), FakeClock())
+    made = joining.join()
+    assert isinstance(made.intake, Sources)
+    assert made.brokers == frozenset()
+    assert made.results is not None
+    try:
+        assert joining.open("kafka")
+        assert made.intake._of("in") is made.intake._kafka is not None
+        assert made.intake._of("in.f.default.retry.5000") is made.intake._retries is not None
+        assert joining.open("rabbitmq")
+        assert made.intake._of("rabbitmq:q") is made.intake._rabbitmq is not None
+        assert made.outlet.pending() == 0
+    finally:
+        made.intake.close()
+        made.outlet.close(0)
+        made.results.close(0)
+        if made.reporter is not None:
+            made.reporter.close()
+        made.pauses.close()
+        made.close()
+
+
+def test_a_worker_whose_routes_stand_in_a_file_is_joined_once() -> None:
+    """What its routes named when it started; a restart is asked for then."""
+    with joined("kafka:in", "kafka:out") as (joining, _, intake):
+        assert not joining.open("rabbitmq")
+        assert intake._rabbitmq is None

@@ -74,7 +74,12 @@ class Joining:
         self._clock = clock
         self._kafka = uses_kafka(routes)
         self._link = self._open_link() if uses_rabbitmq(routes) else None
-        self._redis = any(result.kind == "redis" for route in routes for result in route.results)
+        # Routes of the control plane come and go: what a later one may name is opened when it does.
+        self._open_ended = config.routes.source == "fleet"
+        keeps_results = any(result.kind == "redis" for route in routes for result in route.results)
+        self._redis = keeps_results or self._open_ended
+        self._sources: Sources | None = None
+        self._outlets: Outlets | None = None
 
     def follow(self, routes: tuple[Route, ...]) -> None:
         """Take these as the pool's routes from now on: how much to prefetch, and where retries wait."""
@@ -89,7 +94,6 @@ class Joining:
 
     def join(self) -> Joined:
         """Return the adapters; none of them waits for a server to be there."""
-        link = self._link
         brokers = {"kafka"} if self._kafka else set()
         return Joined(
             self._intake(),
@@ -98,9 +102,30 @@ class Joining:
             self._pauses(),
             self._marks(),
             self._reporter(),
-            frozenset(brokers | ({"rabbitmq"} if link is not None else set())),
-            close=lambda: None if link is None else link.close(),
+            frozenset(brokers | ({"rabbitmq"} if self._link is not None else set())),
+            close=self._close,
         )
+
+    def open(self, broker: str) -> bool:
+        """Join a broker, ``kafka`` or ``rabbitmq``, that a route names for the first time.
+
+        Returns whether routes may name it now: a worker whose routes stand in a file was joined to what
+        they named when it started, and to nothing else.
+        """
+        if not self._open_ended or self._sources is None or self._outlets is None:
+            return False
+        if broker == "kafka":
+            self._sources.add(kafka=self._kafka_intake(self._config.group), retries=self._delayed())
+            self._outlets.add(kafka=self._kafka_outlet())
+        else:
+            self._link = link = self._open_link()
+            self._sources.add(rabbitmq=self._rabbit_intake(link))
+            self._outlets.add(rabbitmq=self._rabbit_outlet(link))
+        return True
+
+    def _close(self) -> None:
+        if self._link is not None:
+            self._link.close()
 
     def _open_link(self) -> RabbitLink:
         from inferfleet.brokers.rabbitmq_link import RabbitLink, rabbit_options
@@ -108,18 +133,23 @@ class Joining:
         return RabbitLink(rabbit_options(self._config), wake=lambda: self._news.put(None))
 
     def _intake(self) -> Intake:
-        config, clock = self._config, self._clock
+        config = self._config
         kafka = self._kafka_intake(config.group) if self._kafka else None
-        delayed: Intake | None = None
-        if self._kafka and config.retry.delays_ms:
-            from inferfleet.brokers.delayed import DelayedIntake
-
-            # From the start: what was put there before this group first joined waits like all else.
-            group = retry_group(config, config.worker.pool)
-            inner = self._kafka_intake(group, "earliest", _LITTLE_AT_ONCE, _COMMITTED_ONLY)
-            delayed = DelayedIntake(inner, clock, longest_ms=2 * max(config.retry.delays_ms))
+        delayed = self._delayed() if self._kafka else None
         rabbit = self._rabbit_intake(self._link) if self._link is not None else None
-        return Sources(kafka, delayed, rabbit, retry_topics(config), clock)
+        self._sources = Sources(kafka, delayed, rabbit, retry_topics(config), self._clock)
+        return self._sources
+
+    def _delayed(self) -> Intake | None:
+        config = self._config
+        if not config.retry.delays_ms:
+            return None
+        from inferfleet.brokers.delayed import DelayedIntake
+
+        # From the start: what was put there before this group first joined waits like all else.
+        group = retry_group(config, config.worker.pool)
+        inner = self._kafka_intake(group, "earliest", _LITTLE_AT_ONCE, _COMMITTED_ONLY)
+        return DelayedIntake(inner, self._clock, longest_ms=2 * max(config.retry.delays_ms))
 
     def _kafka_intake(
         self,
@@ -167,17 +197,19 @@ class Joining:
 
     def _outlet(self) -> Outlet:
         kafka = self._kafka_outlet() if self._kafka else None
-        rabbit: Outlet | None = None
-        if self._link is not None:
-            from inferfleet.brokers.rabbitmq_outlet import RabbitOutlet
-
-            rabbit = RabbitOutlet(self._link, self._config.rabbitmq.reply_to)
-        if kafka is not None and rabbit is not None:
-            return Outlets(kafka, rabbit, self._clock)
+        rabbit = None if self._link is None else self._rabbit_outlet(self._link)
+        if self._open_ended or (kafka is not None and rabbit is not None):
+            self._outlets = Outlets(kafka, rabbit, self._clock)
+            return self._outlets
         found = kafka or rabbit
         if found is None:
             raise LookupError("no route names a broker")
         return found
+
+    def _rabbit_outlet(self, link: RabbitLink) -> Outlet:
+        from inferfleet.brokers.rabbitmq_outlet import RabbitOutlet
+
+        return RabbitOutlet(link, self._config.rabbitmq.reply_to)
 
     def _kafka_outlet(self) -> Outlet:
         from inferfleet.brokers.kafka_outlet import KafkaOutlet, producer_properties

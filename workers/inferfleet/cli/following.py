@@ -1,17 +1,13 @@
-"""Opens what a worker's routes come from, a file or the control plane, and waits for the first of them."""
+"""Opens what a worker's routes come from, a file or the control plane, and finds the first of them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from queue import Empty, SimpleQueue
-from typing import Any
 
 import structlog
 
 from inferfleet.cli.slot import state_folder
-from inferfleet.cli.starting import START_PATIENCE_S
 from inferfleet.config import Config
 from inferfleet.control.filefeed import FileFeed
 from inferfleet.control_ports import RouteFeed
@@ -46,39 +42,23 @@ def open_feed(config: Config, clock: Clock, wake: Callable[[], None]) -> RouteFe
     return feed
 
 
-def first_routes(
-    config: Config, feed: RouteFeed, news: SimpleQueue[Any], patience_s: float = START_PATIENCE_S
-) -> tuple[Route, ...]:
-    """Return the routes of this worker's pool, announced ones too; from the control plane, wait for one.
+def first_routes(config: Config, feed: RouteFeed) -> tuple[Route, ...]:
+    """Return the routes of this worker's pool, announced ones too; the control plane may have none yet.
 
-    Raises ConfigError for a file that is wrong, and where the pool has no route within ``patience_s``.
+    Raises ConfigError for a file that is wrong.
     """
     pool = config.worker.pool
     if config.routes.source != "fleet":
         return feed.log().table().of_pool(pool)
-    deadline = time.monotonic() + patience_s
-    told = False
-    while True:
-        try:
-            found = _of_pool(feed.log(), pool)
-        except ConfigError as error:
-            log.error("routes_refused", error=str(error), kept="")
-            continue  # it is told once; the other routes are good
-        if found:
-            return found
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise ConfigError(
-                f'no route of fleet {config.fleet.name} belongs to pool "{pool}"; '
-                "`inferfleet route apply FILE` writes routes to the control plane"
-            )
-        if not told:
-            told = True
-            log.warning("waiting_for_routes", pool=pool, revision=feed.log().head.number)
-        try:
-            news.get(timeout=min(0.5, left_s))
-        except Empty:
-            continue
+    try:
+        found = feed.log()
+    except ConfigError as error:
+        log.error("routes_refused", error=str(error), kept="")
+        found = feed.log()  # it is told once; the other routes are good
+    routes = _of_pool(found, pool)
+    if not routes:
+        log.warning("waiting_for_routes", pool=pool, revision=found.head.number)
+    return routes
 
 
 def _of_pool(found: RouteLog, pool: str) -> tuple[Route, ...]:

@@ -61,7 +61,7 @@ def worker(session: Session, until_idle: float | None) -> None:
     news: SimpleQueue[News] = SimpleQueue()
     feed = open_feed(config, SystemClock(), wake=lambda: news.put(None))
     try:
-        routes = first_routes(config, feed, news)
+        routes = first_routes(config, feed)
         if uses_kafka(routes):
             wait_for_kafka(config)
             check_topics(config, routes)
@@ -112,6 +112,7 @@ def _run(
             brokers=joined.brokers,
             reporter=joined.reporter,
             follow=joining.follow,
+            open=joining.open,
             strict=config.routes.source != "fleet",
             outcomes=partial(open_outcomes, config),
             release=__version__,
