@@ -217,3 +217,25 @@ def test_any_document_is_read_or_refused(text: str) -> None:
         said = "x"
 
     assert said.startswith("x")
+
+
+def test_a_shadow_needs_a_queue_of_its_own() -> None:
+    """Two consumers of one queue share its messages: the primary would miss those that the shadow takes."""
+    text = """
+[[route]]
+name = "digits"
+source = "rabbitmq:q"
+results = ["redis"]
+model = "m"
+version = "1"
+[[route]]
+name = "shade"
+source = "rabbitmq:{queue}"
+shadow_of = "digits"
+model = "m"
+version = "2"
+pool = "shade"
+"""
+    with pytest.raises(ConfigError, match="give it a queue of its own"):
+        parse_routes(text.format(queue="q"), "f", "routes.toml")
+    assert len(parse_routes(text.format(queue="q.shade"), "f", "routes.toml").routes) == 2

@@ -177,6 +177,14 @@ def _check_together(routes: Sequence[Route], origin: str) -> None:
                 f'{origin}: routes "{other}" and "{route.name}" share the source {route.source} '
                 f'in pool "{route.pool}"; give one of them another pool'
             )
+    queues = {each.source: each.name for each in routes if each.shadow_of is None}
+    for route in routes:
+        if route.shadow_of is not None and route.source.kind == "rabbitmq" and route.source in queues:
+            raise ConfigError(
+                f'{origin}: route "{route.name}" is a shadow and takes from {route.source} like '
+                f'"{queues[route.source]}", so each would get a part of the requests; '
+                "give it a queue of its own"
+            )
 
 
 def _route(entry: Mapping[str, Any], index: int, fleet: str, origin: str) -> Route:
