@@ -52,6 +52,7 @@ class FakeWorker:
         self.loads = True
         self.draining = False
         self.stale = ""
+        self.at_ms = 0
         self.head = Head()
         self._ready: set[str] = set()
         self._adopted: dict[str, int] = {}
@@ -83,6 +84,7 @@ class FakeWorker:
                 refused=dict(self._refused),
                 draining=self.draining,
                 stale=self.stale,
+                at_ms=self.at_ms,
             ),
             TTL_MS,
         )

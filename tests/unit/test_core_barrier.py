@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferfleet.core.barrier import Verdict, ahead, barrier, barriers, unacknowledged
+from inferfleet.core.barrier import Verdict, ahead, barrier, barriers, clock_fault, unacknowledged
 from inferfleet.core.revisions import appended
 from inferfleet.plane import WorkerReport
 from inferfleet.revisions import EMPTY_LOG, Head, Revision, sealed
@@ -112,6 +113,24 @@ def test_each_announcement_of_a_log_is_looked_at() -> None:
     (found,) = barriers(log, [WorkerReport(worker="w", pool="default"), WorkerReport(worker="x", pool="o")])
 
     assert (found.name, found.workers, len(found.waiting)) == ("r", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("stamps", "said"),
+    [
+        ([], None),
+        ([0, 0], None),
+        ([1_000_000, 940_000], None),
+        ([1_004_000], None),
+        ([3_600_000 + 1_000_000, 1_000_000], "3,600 s behind that of worker w-0"),
+        ([900_000, 100_000], "100 s ahead of that of worker w-0"),
+    ],
+)
+def test_a_clock_that_is_not_the_workers_is_told(stamps: list[int], said: str | None) -> None:
+    """By the newest report: an old one is of a worker that has gone silent."""
+    workers = [WorkerReport(worker=f"w-{i}", pool="p", at_ms=each) for i, each in enumerate(stamps)]
+
+    assert clock_fault(1_000_000, workers) == said
 
 
 def test_a_worker_whose_log_is_no_beginning_of_the_stores_is_named() -> None:

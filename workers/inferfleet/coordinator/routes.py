@@ -39,6 +39,7 @@ from inferfleet.core.barrier import (
     Verdict,
     ahead,
     barrier,
+    clock_fault,
     pool_of,
 )
 from inferfleet.core.planning import RouteChange
@@ -197,9 +198,15 @@ class RouteControl:
         return digests
 
     def _read(self) -> tuple[RouteLog, list[WorkerReport]]:
-        """Return the log and the live workers; raises LogLostError where these hold what the log has not."""
+        """Return the log and the live workers.
+
+        Raises LogLostError where these hold what the log has not, ConfigError where their clocks are others.
+        """
         workers = self._store.workers()
         log = self._store.load()
+        off = clock_fault(self._clock.utc_ms(), workers)
+        if off is not None:
+            raise ConfigError(f"the clock here is {off}; a change would take effect at a wrong time: set it")
         lost = ahead(log.head, workers, self._link)
         if lost:
             shown = "; ".join(f"{each.worker} {each.text}" for each in lost[:5])

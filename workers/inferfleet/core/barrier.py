@@ -14,6 +14,10 @@ from typing import NamedTuple
 from inferfleet.plane import WorkerReport, version_name
 from inferfleet.revisions import Head, Revision, RouteLog
 
+AHEAD_MS = 5_000
+BEHIND_MS = 60_000
+"""How far a worker's last word may lie in the future, and in the past, of a clock that is right."""
+
 
 class Waiting(NamedTuple):
     """A worker that an announcement waits for; ``behind``: it has not acknowledged the revision."""
@@ -122,6 +126,24 @@ def unacknowledged(revision: Revision, workers: Iterable[WorkerReport], pool: st
     return [
         each.worker for each in live(workers, pool) if each.adopted.get(revision.name, 0) < revision.number
     ]
+
+
+def clock_fault(now_ms: int, workers: Iterable[WorkerReport]) -> str | None:
+    """Return in words how a clock differs from the workers', or ``None`` where it does not by much.
+
+    A change takes effect at a time of the clock of whoever makes it: were that an hour off, so would the
+    switch be. A report is as old as a heartbeat, and gone when it is some times as old.
+    """
+    stamped = [each for each in workers if each.at_ms]
+    if not stamped:
+        return None
+    newest = max(stamped, key=lambda each: each.at_ms)
+    off_ms = newest.at_ms - now_ms
+    if off_ms > AHEAD_MS:
+        return f"{off_ms / 1000:,.0f} s behind that of worker {newest.worker}"
+    if off_ms < -BEHIND_MS:
+        return f"{-off_ms / 1000:,.0f} s ahead of that of worker {newest.worker}"
+    return None
 
 
 class Ahead(NamedTuple):
