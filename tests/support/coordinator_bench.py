@@ -15,7 +15,7 @@ from inferfleet.coordinator.gate import LOOPBACK, Gate
 from inferfleet.coordinator.handlers import Handlers
 from inferfleet.coordinator.messages import ModelView, RolloutRequest, RolloutView, VersionView
 from inferfleet.coordinator.pages import pages
-from inferfleet.coordinator.rollouts import Seen
+from inferfleet.coordinator.rollouts import RolloutControl, Seen
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.coordinator.tokens import Caller, Role, TokenBook, new_token, token_line
 from inferfleet.errors import ConfigError, ConflictError
@@ -89,14 +89,18 @@ class TwoModels:
 
 
 class Bench:
-    """One replica in memory; ``tokens`` makes a token file with one token for each role, named like it."""
+    """One replica in memory; with a ``folder`` it has a token file with a token for each role, named like it.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    ``real_rollouts`` lets rollouts be the real ones, which nobody steps.
+    """
+
+    def __init__(self, folder: Path | None = None, *, real_rollouts: bool = False) -> None:
         self.clock = FakeClock()
         self.store = MemoryControlStore(self.clock)
         self.catalogue = FakeCatalogue()
         self.routes = RouteControl(self.store, self.clock, self.catalogue, "f")
         self.rollouts = ScriptedRollouts()
+        rollouts = RolloutControl(self.store, self.catalogue, self.clock) if real_rollouts else self.rollouts
         self.metrics = CoordinatorMetrics("test")
         self.tokens = {role: new_token() for role in Role} if folder is not None else {}
         book: TokenBook | None = None
@@ -105,7 +109,7 @@ class Bench:
             lines = [token_line(token, Caller(role.word, role)) for role, token in self.tokens.items()]
             self.file.write_text("\n".join(lines))
             book = TokenBook(self.file, lambda: self.clock.utc_ms() / 1000)
-        handlers = Handlers(self.routes, self.rollouts, self.store, TwoModels(), pages(), self.clock.utc_ms)
+        handlers = Handlers(self.routes, rollouts, self.store, TwoModels(), pages(), self.clock.utc_ms)
         self.gate = Gate(book, LOOPBACK, self.clock.monotonic)
         self.application = Application(self.gate, handlers, self.metrics)
         self.client = TestClient(self.application, BASE, client=("127.0.0.1", 5))

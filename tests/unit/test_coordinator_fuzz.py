@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import CHECKS, load_all_checks
 
 from inferfleet.coordinator.openapi import description
-from tests.support.coordinator_bench import BASE, PLAIN, Bench, view
+from tests.support.coordinator_bench import BASE, PLAIN, Bench
 
 load_all_checks()
 WANTED = {
@@ -24,9 +24,9 @@ WANTED = {
     "response_schema_conformance",
 }
 CHECKED = [check for check in CHECKS.get_all() if check.__name__ in WANTED]
-QUICK = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
-BENCH = Bench()
+BENCH = Bench(real_rollouts=True)
 config = schemathesis.Config.from_dict({"generation": {"mode": "all"}})
 schema = schemathesis.openapi.from_dict(description(), config=config)
 schema.app = BENCH.application
@@ -34,9 +34,10 @@ schema.app = BENCH.application
 
 @pytest.fixture(autouse=True)
 def _ready() -> None:
-    if not any(route.name == "digits" for route in BENCH.store.load().table().routes):
-        BENCH.seed()
-    BENCH.rollouts.found = {"r1": view("r1", "digits", "2", "canary", "somebody")}
+    standing = {route.name for route in BENCH.store.load().table().routes}
+    for name in ("digits", "words"):
+        if name not in standing:
+            BENCH.seed(name)
 
 
 def test_the_checks_are_there() -> None:
@@ -102,3 +103,27 @@ def test_any_name_in_a_path_is_a_name_and_nothing_else(path: str, method: str) -
         headers = {"content-type": "application/json", "if-match": '"0"'}
         response = BENCH.client.request(method, place, headers=headers)
         assert response.status_code in (200, 307, 400, 404, 405, 412), (place, response.text)
+
+
+@given(
+    verb=st.sampled_from(["pause", "resume", "promote", "abort", "approve"]),
+    body=st.fixed_dictionaries({}, optional={"reason": _JSON, "digest": _JSON, "policy": _JSON}),
+    started=st.fixed_dictionaries(
+        {"version": st.sampled_from(["1", "2", "3", "0", "99"])},
+        optional={
+            "kind": st.sampled_from(["canary", "blue-green", "ab", "shadow", "none"]),
+            "policy": st.dictionaries(st.sampled_from(["kind", "steps", "shadow", "ab", "bake_s"]), _JSON),
+        },
+    ),
+)
+@settings(max_examples=100, deadline=None)
+def test_rollouts_are_started_and_steered_or_refused(
+    verb: str, body: dict[str, Any], started: dict[str, Any]
+) -> None:
+    """Whatever is asked of them, in whatever state they are."""
+    BENCH.clock.advance(10)
+    made = BENCH.ask("POST", "/v1/rollouts", {"route": "words", **started})
+    assert made.status_code in (201, 400, 409), made.text
+    for each in BENCH.ask("GET", "/v1/rollouts?limit=3").json()["rollouts"]:
+        steered = BENCH.ask("POST", f"/v1/rollouts/{each['id']}/{verb}", body)
+        assert steered.status_code in (200, 400, 409), steered.text
