@@ -24,6 +24,7 @@ KEPT_MINUTES = 60
 KEPT_REVISIONS = 2
 KEPT_CRASHES = 100
 KEPT_EXAMPLES = 20
+KEPT_LABELS = 2_000
 MINUTE_MS = 60_000
 
 Groups: TypeAlias = dict[int, tuple[float, float]]
@@ -152,8 +153,8 @@ class Evidence(msgspec.Struct):
         if name == "shadow":
             self.seen += window.seen
             self.shed += window.shed
-            self.comparison = joined(self.comparison, window.comparison)
-            self.secondary = joined(self.secondary, window.secondary)
+            self.comparison = _into(self.comparison, window.comparison)
+            self.secondary = _into(self.secondary, window.secondary)
         elif name in (CANARY, CONTROL):
             counts = self.first_seen.setdefault(window.revision, {}).setdefault(window.worker, FirstSeen())
             _count_keys(counts, name, window)
@@ -220,17 +221,31 @@ def arm_of(window: Window, rollout: Rollout) -> ArmName | None:
 
 def joined(first: Comparison | None, second: Comparison | None) -> Comparison | None:
     """Return the sum of two comparisons, either of which may be missing."""
-    if first is None or second is None:
-        return _copied(second if first is None else first)
-    total = _copied(first)
-    if total is None:
-        return None
-    examples = [*first.examples, *second.examples]
-    _add(total, second)
+    return _into(_copied(first), second)
+
+
+def _into(total: Comparison | None, part: Comparison | None) -> Comparison | None:
+    """Add ``part`` to ``total`` in its place, which a leader does for every window; return the sum."""
+    if total is None or part is None:
+        return _copied(part) if total is None else total
+    examples = [*total.examples, *part.examples]
+    _add(total, part)
+    for name, others in (("flips", "*>*"), ("agreed", "*")):
+        _bounded(getattr(total, name), others)
     examples.sort(key=lambda each: (-each.distance, each.id, each.primary, each.shadow))
     total.examples = examples[:KEPT_EXAMPLES]
-    total.kind = max(first.kind, second.kind)
+    total.kind = max(total.kind, part.kind)
     return total
+
+
+def _bounded(counts: dict[str, int], others: str) -> None:
+    """Count rare labels as one where there are too many: a model may have no end of them."""
+    if len(counts) <= KEPT_LABELS:
+        return
+    order = sorted(counts, key=lambda name: (name == others, -counts[name], name))
+    for name in order[KEPT_LABELS // 2 :]:
+        if name != others:
+            counts[others] = counts.get(others, 0) + counts.pop(name)
 
 
 def _copied(comparison: Comparison | None) -> Comparison | None:

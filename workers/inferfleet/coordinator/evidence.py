@@ -8,6 +8,7 @@ is not stored.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,9 +29,9 @@ log = structlog.get_logger(__name__)
 
 Feeds = Callable[[Sought], LabelFeed]
 
-PAGE = 1_000
-MOST_PAGES = 5
-"""How much of a stream is read in one turn, so that one route's backlog holds nobody else up for long."""
+PAGE = 200
+READ_S = 0.5
+"""How long a stream is read in one turn, so that one route's backlog does not cost the leader its lease."""
 SUFFIX = ":evidence"
 """Behind a rollout's id: the document that holds its sums."""
 
@@ -60,9 +61,15 @@ class Gathering:
     """
 
     def __init__(
-        self, rollout: Rollout, store: ControlStore, body: bytes | None = None, feeds: Feeds | None = None
+        self,
+        rollout: Rollout,
+        store: ControlStore,
+        body: bytes | None = None,
+        feeds: Feeds | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._clock = clock
         self._place, self.evidence = _restored(body, rollout.id)
         self._behind = True
         self._labels = None
@@ -100,14 +107,13 @@ class Gathering:
 
     def _windows(self, rollout: Rollout) -> int:
         """Add the windows that have come; return how many are about the rollout."""
-        heard = 0
-        for _ in range(MOST_PAGES):
+        heard, until = 0, self._clock() + READ_S
+        while True:
             found, self._place = self._store.windows(rollout.route, self._place, limit=PAGE)
             heard += sum(self.evidence.add(window, rollout) for window in found)
             self._behind = len(found) >= PAGE
-            if not self._behind:
-                break
-        return heard
+            if not self._behind or self._clock() >= until:
+                return heard
 
     def body(self) -> bytes:
         """Return the sums as they are to be stored."""

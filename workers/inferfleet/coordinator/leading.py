@@ -7,6 +7,7 @@ only in memory: whoever leads next goes on from what is stored, after a moment i
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -38,7 +39,8 @@ RESTARTED = "restarted"
 class Pace(NamedTuple):
     """How often what is only counted is stored, how long a new leader looks around, and what is kept.
 
-    A step is stored at once. ``kept`` ended rollouts are kept, each at least ``kept_ms``.
+    A step is stored at once. ``kept`` ended rollouts are kept, each at least ``kept_ms``. After ``turn_s`` a
+    turn ends, and the next one goes on with the rollouts that were left: the lease has to be renewed between.
     """
 
     store_s: float = 10.0
@@ -46,6 +48,7 @@ class Pace(NamedTuple):
     kept: int = 100
     kept_ms: int = 30 * 86_400_000
     trim_s: float = 600.0
+    turn_s: float = 2.0
 
 
 class _Live:
@@ -93,6 +96,8 @@ class Leader:
         self._settled_at = 0.0
         self._trim_at = 0.0
         self._told: dict[str, str] = {}
+        self._fresh: set[str] = set()
+        self._last = ""
 
     def __repr__(self) -> str:
         return f"Leader(lease={self._lease}, rollouts={sorted(self._live)})"
@@ -109,12 +114,22 @@ class Leader:
         workers = self._store.workers()
         turn = _Turn(lease, now_ms, workers, self._store.load(), self._store.documents())
         self._forget(turn.documents)
-        for name in sorted(turn.documents):
-            if not is_evidence(name):
-                self._guarded(name, partial(self._turn, turn, name, taken_over=taken_over))
+        self._fresh |= {name for name in turn.documents if taken_over}
+        self._look_at_all(turn)
         if self._clock.monotonic() >= self._trim_at:
             self._trim_at = self._clock.monotonic() + self._pace.trim_s
             self._guarded("old rollouts", partial(self._trim, turn))
+
+    def _look_at_all(self, turn: _Turn) -> None:
+        """Look at each rollout in turn, first at those that the last turn had no time for."""
+        until = self._clock.monotonic() + self._pace.turn_s
+        names = sorted(name for name in turn.documents if not is_evidence(name))
+        first = bisect_right(names, self._last)
+        for name in (*names[first:], *names[:first]):
+            self._guarded(name, partial(self._turn, turn, name))
+            self._last = name
+            if self._clock.monotonic() >= until:
+                break
 
     def close(self) -> None:
         """Let go of what is read for rollouts."""
@@ -164,9 +179,10 @@ class Leader:
 
     # One rollout
 
-    def _turn(self, turn: _Turn, name: str, *, taken_over: bool) -> None:
+    def _turn(self, turn: _Turn, name: str) -> None:
         """Look at one rollout once, and take the step that is due."""
         live = self._known(turn, name)
+        taken_over = name in self._fresh
         if live is None:
             return
         settling = self._clock.monotonic() < self._settled_at and (
@@ -174,6 +190,7 @@ class Leader:
         )
         if taken_over:
             self._hold_restarted(turn, live)
+            self._fresh.discard(name)
         foreign = stepping.displaced(live.rollout, turn.log)
         if foreign is not None:
             self._take(turn, live, stepping.give_way(live.rollout, foreign, turn.now_ms))

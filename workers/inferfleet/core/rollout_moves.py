@@ -10,6 +10,8 @@ from inferfleet.core.judging import Finding
 from inferfleet.rollouts import KEPT_DECISIONS, Decision, Effect, Phase, Rollout, replace
 from inferfleet.routes import Route
 
+MOST_REASON = 500
+
 
 class Step(NamedTuple):
     """What one look came to.
@@ -123,7 +125,7 @@ def enter(
 def back(rollout: Rollout, phase: Phase, now_ms: int, reason: str, actor: str = "") -> Step:
     """Return the end of a rollout that leaves the route as it was, from now on."""
     step = enter(rollout, phase, now_ms, reason, route=rollout.before, effect="retroactive", actor=actor)
-    return step._replace(rollout=replace(step.rollout, outcome=reason))
+    return step._replace(rollout=replace(step.rollout, outcome=shortened(reason)))
 
 
 def abort(rollout: Rollout, now_ms: int, reason: str, actor: str = "") -> Step:
@@ -147,10 +149,15 @@ def told(rollout: Rollout, now_ms: int, action: str, reason: str, actor: str = "
         action=action,
         phase=rollout.phase,
         percent=rollout.percent,
-        reason=reason,
+        reason=shortened(reason),
         actor=actor,
     )
     return (*rollout.history[-KEPT_DECISIONS + 1 :], made)
+
+
+def shortened(text: str) -> str:
+    """Return the start of a reason that nobody would read to its end, such as one that names every class."""
+    return text if len(text) <= MOST_REASON else text[: MOST_REASON - 1] + "…"
 
 
 def shown(findings: Sequence[Finding]) -> list[str]:
