@@ -166,6 +166,7 @@ def test_one_that_stops_gives_the_lease_back_at_once(store: MemoryControlStore, 
     a.leadership.run()
     b.leadership.turn()
     assert (a.leads, b.leads) == (False, True)
+    assert health_of(a.leadership) == (True, False, ("this replica stops",))
     store.away = True
     b.leadership.stop()
     b.leadership.run()

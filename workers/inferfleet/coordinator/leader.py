@@ -82,6 +82,11 @@ class Leadership:
         """How this replica stands; any thread may ask."""
         return self._standing
 
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """Let :meth:`run` end after what it does now; any thread may ask."""
         self._stopping.set()

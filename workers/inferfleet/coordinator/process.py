@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import structlog
@@ -46,10 +46,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def health_of(leadership: Leadership, stopping: Callable[[], bool] = lambda: False) -> Health:
+def health_of(leadership: Leadership) -> Health:
     """Return how a replica is: alive while this can be asked, ready while its store answers."""
     reasons = [leadership.standing.trouble] if leadership.standing.trouble else []
-    if stopping():
+    if leadership.stopping:
         reasons.append("this replica stops")
     return Health(live=True, ready=not reasons, reasons=tuple(reasons))
 
