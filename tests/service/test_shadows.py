@@ -18,8 +18,9 @@ from inferfleet.wire.stored import result_key
 from tests.support.control import change
 from tests.support.fleet import Fleet, WorkerProcess
 from tests.support.fleet_traffic import Reader, Sender, now_ms, row_of, v2_body
+from tests.support.rabbitmq_fleet import Queues, rows
 from tests.support.redis_server import RedisServer
-from tests.support.servers import KafkaServer
+from tests.support.servers import KafkaServer, RabbitServer
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.service
@@ -218,3 +219,44 @@ def test_a_detached_shadow_is_killed_and_lags_and_nobody_notices(stand: Stand, h
     assert all(b'"model_version":"1"' in body for body in stand.redis.mget(keys))
     assert primary.metric("requests_total", outcome="ok") == 600
     assert [worker.finish() for worker in (primary, again)] == [0, 0]
+
+
+def test_a_detached_shadow_on_rabbitmq_has_a_queue_of_its_own(
+    rabbitmq: RabbitServer, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """Both queues get every request; outcomes are looked up in Redis, and the shadow publishes nothing."""
+    control = {"control": {"url": redis_server.url}, "reports": {"every_s": 0.3}}
+    with Fleet(tmp_path / "fleet", None, redis_server, rabbitmq=rabbitmq, settings=control) as fleet:
+        fleet.settings["worker"]["state"] = "state"
+        fleet.handler(HANDLER, version="1")
+        fleet.handler(HANDLER, version="3", add=1)
+        fleet.route("sums", topic=False, redis=True)
+        apart = f"{fleet.name}.shade.requests"
+        fleet.routes["shade"] = {
+            "name": "shade",
+            "source": f"rabbitmq:{apart}",
+            "shadow_of": "sums",
+            "model": "sums",
+            "version": "3",
+            "pool": "shade",
+        }
+        fleet.prepare()
+        workers = [fleet.worker("w-1"), fleet.worker("s-1", INFERFLEET__WORKER__POOL="shade")]
+        sent = rows("r", 120)
+        for queue in (Queues(fleet, rabbitmq, "sums"), Queues(fleet, rabbitmq, "shade")):
+            queue.send(sent)
+        where = Place(redis_server.url, timeout_s=2.0)
+        store = RedisControlStore(lambda: open_redis(where), fleet.name, address=where.shown, utc_ms=now_ms)
+
+        def told() -> Comparison:
+            found = Comparison()
+            for each in store.windows("sums")[0]:
+                if each.role == "shadow" and each.comparison is not None:
+                    found = merge(found, each.comparison)
+            return found
+
+        wait_until(lambda: told().pairs >= 120, PATIENCE_S, "every request is compared")
+        assert told().different == told().pairs == 120
+        store.close()
+        Queues(fleet, rabbitmq, "shade").wait_empty()
+        assert [worker.finish() for worker in workers] == [0, 0]
