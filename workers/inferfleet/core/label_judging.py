@@ -99,20 +99,36 @@ def _judged(metric: Metric, arms: tuple[str, str], evidence: Evidence, policy: P
 
 
 def _estimate(values: Values, metric: Metric, cap: float) -> Estimate:
-    """Return a metric's mean with the larger of its variances: as if independent, and by group of keys.
+    """Return a metric's mean; its variance is as if labels were independent, or that between groups of keys.
 
     Labels that are all alike are no certainty: a proportion's variance is at least that of
     (sum + 1/2)/(count + 1), which shares between 0 and 1 never exceed.
     """
     found = ab.estimate(values, metric, cap)
-    if metric.kind == "mean" or values.count < 2:
+    if values.count < 2:
         return found
-    smooth = min(1.0, max(0.0, (values.total + 0.5) / (values.count + 1)))
-    alone = smooth * (1 - smooth) / values.count
-    variance = max(alone, found.variance)
-    if len(values.groups) >= sequential.LEAST_CLUSTERS:
-        variance = max(variance, sequential.ratio_variance(sequential.of_groups(values.groups)))
-    return Estimate(found.value, variance, values.count * alone / variance)
+    if metric.kind == "mean":
+        effect = _effect(values, _alone(values))
+        alone = found.variance * found.effective / values.count
+    else:
+        smooth = min(1.0, max(0.0, (values.total + 0.5) / (values.count + 1)))
+        alone = smooth * (1 - smooth) / values.count
+        effect = _effect(values, alone)
+    return Estimate(found.value, max(alone * effect, 1e-18), values.count / effect)
+
+
+def _alone(values: Values) -> float:
+    """Return the variance of the mean of independent labels."""
+    plain = values.total / values.count
+    return max(0.0, values.squares - values.total * plain) / (values.count - 1) / values.count
+
+
+def _effect(values: Values, alone: float) -> float:
+    """Return how many labels count for one: few groups of keys count once each, for nobody can say more."""
+    clusters = sequential.of_groups(values.groups)
+    if clusters.clusters < sequential.LEAST_CLUSTERS:
+        return values.count / sequential.kish(clusters)
+    return max(1.0, sequential.ratio_variance(clusters) / alone) if alone > 0 else 1.0
 
 
 def _finding(found: Judged, rollout: Rollout) -> Finding:
