@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from inferfleet.catalogue import Catalogue
@@ -207,7 +208,7 @@ class RouteControl:
         off = clock_fault(self._clock.utc_ms(), workers)
         if off is not None:
             raise ConfigError(f"the clock here is {off}; a change would take effect at a wrong time: set it")
-        lost = ahead(log.head, workers, self._link)
+        lost = ahead(log.head, workers, cache(self._link))
         if lost:
             shown = "; ".join(f"{each.worker} {each.text}" for each in lost[:5])
             raise LogLostError(
