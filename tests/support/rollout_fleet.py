@@ -69,10 +69,14 @@ class Shelf:
 
 
 class LabelsFeed:
-    """The labels of a fleet, from its start on; implements :class:`~inferfleet.control_ports.LabelFeed`."""
+    """The labels of what a fleet answered since a rollout began.
 
-    def __init__(self, fleet: RolloutFleet) -> None:
+    Implements :class:`~inferfleet.control_ports.LabelFeed`.
+    """
+
+    def __init__(self, fleet: RolloutFleet, sought: Sought) -> None:
         self._fleet = fleet
+        self._since_ms = sought.since_ms
         self._read = 0
         self.stale = ""
 
@@ -81,6 +85,7 @@ class LabelsFeed:
         fresh = self._fleet.labels[self._read :][:most]
         self._read += len(fresh)
         behind = self._read < len(self._fleet.labels)
+        fresh = [each for each in fresh if each[0].at_ms >= self._since_ms]
         return Feedback([each for each, _ in fresh], [each for _, each in fresh], not behind)
 
     def close(self) -> None:
@@ -145,9 +150,9 @@ class RolloutFleet:
         return route_of(plain, "fleet", "test")
 
     def feeds(self, sought: Sought) -> LabelFeed:
-        """Open the labels of every answer."""
+        """Open the labels of every answer that counts."""
         self.sought.append(sought)
-        return LabelsFeed(self)
+        return LabelsFeed(self, sought)
 
     # Steering
 

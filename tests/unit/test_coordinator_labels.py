@@ -1,15 +1,30 @@
-"""A/B tests judged by labels, in virtual time: the winner answers all, and a draw changes nothing."""
+"""Rollouts judged by labels, in virtual time.
+
+The winner of an A/B test answers all and a draw changes nothing; a canary that answers wrongly is taken back
+although nothing fails, and a better one is promoted.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.support.rollout_fleet import RolloutFleet, Version
+import pytest
+
+from inferfleet.cli.rollout_views import rollout_lines
+from inferfleet.coordinator.evidence import arm_of_label
+from inferfleet.feedback import Measured
+from tests.support.rollout_fleet import FAST, RolloutFleet, Version
 
 AB: dict[str, Any] = {
     "ab": {"feedback": "kafka:digits.labels", "keys": 1_000, "looks": 4, "horizon_s": 600},
     "metric": [{"name": "accuracy", "baseline": 0.5, "minimum_effect": 0.1}],
     "bake_s": 10,
+}
+CANARY: dict[str, Any] = {
+    **FAST,
+    "feedback": "kafka:digits.labels",
+    "shadow": {"enabled": False},
+    "metric": [{"name": "accuracy", "margin": 0.05}],
 }
 
 
@@ -73,3 +88,126 @@ def test_a_leader_that_takes_over_counts_each_label_once() -> None:
         assert 0.5 * known < shown[arm]["accuracy"]["count"] <= known
     assert len(fleet.sought) == 2
     assert fleet.run(300, fleet.ended(rollout))
+
+
+# Canaries and switches
+
+
+def test_a_canary_that_answers_wrongly_is_taken_back_although_nothing_fails() -> None:
+    """Its labels say so, and the route is as it was from the rollout's first revision on."""
+    fleet = RolloutFleet({"1": Version(accuracy=0.9), "2": Version(accuracy=0.4)}, rate=400)
+    rollout = fleet.start(policy=CANARY)
+
+    assert fleet.run(200, fleet.ended(rollout))
+
+    found = fleet.rollout(rollout)
+    assert found.phase == "aborted", found.history
+    assert found.outcome.startswith("metric accuracy: "), found.outcome
+    assert "errors" not in found.outcome
+    assert fleet.standing() == found.before
+    assert fleet.plane.history("digits")[0].effective_from_ms == found.first_ms
+    (sought,) = fleet.sought
+    assert str(sought.source) == "kafka:digits.labels"
+
+
+@pytest.mark.parametrize("accuracy", [0.97, 0.9])
+def test_a_canary_that_is_as_good_or_better_is_promoted(accuracy: float) -> None:
+    """Labels do not hold it up."""
+    fleet = RolloutFleet({"1": Version(accuracy=0.9), "2": Version(accuracy=accuracy)})
+    rollout = fleet.start(policy=CANARY)
+
+    assert fleet.run(300, fleet.ended(rollout))
+
+    found = fleet.rollout(rollout)
+    assert found.phase == "done", found.history
+    assert {each.version for each in fleet.standing().variants} == {"2"}
+
+
+def test_a_step_waits_for_its_labels() -> None:
+    """Where a minimum is asked for, it is a hold that says what is missing."""
+    policy = {**CANARY, "metric": [{"name": "accuracy", "minimum_labels": 1_000_000}]}
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy=policy)
+
+    def held() -> list[str]:
+        return [each.reason for each in fleet.rollout(rollout).holds if each.kind == "too few"]
+
+    assert fleet.run(100, lambda: bool(held()))
+
+    assert "independent labels of accuracy" in held()[0]
+    fleet.run(30)
+    assert fleet.rollout(rollout).step == 0
+
+
+def test_a_switch_is_taken_back_by_the_labels_of_its_bake() -> None:
+    """They are compared with those of the version before, seen while the new one was a shadow."""
+    policy = {
+        "kind": "blue-green",
+        "feedback": "kafka:digits.labels",
+        "shadow": FAST["shadow"],
+        "bake_s": 60,
+        "metric": [{"name": "accuracy", "margin": 0.05}],
+    }
+    fleet = RolloutFleet({"1": Version(accuracy=0.9), "2": Version(accuracy=0.4)})
+    rollout = fleet.start(policy=policy)
+
+    assert fleet.run(200, fleet.ended(rollout))
+
+    found = fleet.rollout(rollout)
+    assert found.phase == "aborted", found.history
+    assert found.outcome.startswith("metric accuracy: "), found.outcome
+
+
+def test_a_switch_without_labels_from_before_goes_on_and_says_so() -> None:
+    """Nothing was answered in the rollout before the switch, so there is nothing to compare with."""
+    policy = {
+        "kind": "blue-green",
+        "feedback": "kafka:digits.labels",
+        "shadow": {"enabled": False},
+        "bake_s": 20,
+        "metric": [{"name": "accuracy"}],
+    }
+    fleet = RolloutFleet({"1": Version(accuracy=0.9), "2": Version(accuracy=0.4)})
+    rollout = fleet.start(policy=policy)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).promoted_revision > 0)
+    fleet.run(8)
+
+    said = [each["text"] for each in fleet.view(rollout).evidence["findings"]]
+    assert any("nothing to compare with" in each for each in said), said
+    assert fleet.run(60, fleet.ended(rollout))
+    assert fleet.rollout(rollout).phase == "done"
+
+
+def test_the_status_shows_each_metric_with_its_bound_and_margin() -> None:
+    """By arm as it was counted, and compared as it is judged."""
+    fleet = RolloutFleet(rate=400)
+    rollout = fleet.start(policy=CANARY)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).step == 1)
+    fleet.run(8)
+
+    view = fleet.view(rollout)
+    (metric,) = view.evidence["metrics"]
+    shown = "\n".join(rollout_lines(view, fleet.clock.utc_ms()))
+
+    assert set(view.evidence["labels"]) == {"canary", "control", "stable"}
+    assert (metric["name"], metric["margin"], metric["against"]) == ("accuracy", 0.05, "control")
+    assert metric["at_least"] < metric["worse_by"] < 0.05
+    assert not metric["passed"]
+    assert "canary against control" in shown
+    assert f"{metric['worse_by']:+.3g}" in shown
+
+
+def test_labels_belong_to_the_arm_of_the_variant_that_answered() -> None:
+    """What the new version answers alone is no canary's, for nothing is answered beside it."""
+    fleet = RolloutFleet()
+    canary = fleet.rollout(fleet.start(policy=CANARY))
+
+    def arm(version: str, variant: str) -> str:
+        return arm_of_label(canary, Measured(version, variant, "accuracy", b"k", 1.0))
+
+    assert [arm("2", "canary"), arm("2", "stable"), arm("1", "control"), arm("1", "stable")] == [
+        "canary",
+        "baked",
+        "control",
+        "stable",
+    ]

@@ -67,6 +67,28 @@ def test_tables_and_lists_are_read() -> None:
     assert policy.steps == ()
 
 
+def test_labels_are_for_canaries_and_switches_too() -> None:
+    """A metric has a margin there; an A/B test's topic may stand in either place."""
+    for kind in ("canary", "blue-green"):
+        policy = parse_policy(
+            f'''
+            kind = "{kind}"
+            feedback = "kafka:labels"
+            feedback_horizon_s = 60
+            [[metric]]
+            name = "correct"
+            margin = 0.1
+            ''',
+            "p",
+        )
+        assert (policy.feedback_topic, policy.label_horizon_s) == ("kafka:labels", 60)
+        assert [(each.name, each.margin, each.goal) for each in policy.metrics] == [("correct", 0.1, "up")]
+    metric = "[[metric]]\nname = 'a'\n"
+    for text in ("kind = 'ab'\nfeedback = 'kafka:t'\n", "kind = 'ab'\nab.feedback = 'kafka:t'\n"):
+        assert parse_policy(text + metric, "p").feedback_topic == "kafka:t"
+    assert default_policy().feedback_topic == ""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -81,6 +103,32 @@ def test_tables_and_lists_are_read() -> None:
         ("gate_before = [7]", "policy.toml: policy gate_before 7 is no step; there are 1, 5, 25, 50, 100"),
         ("kind = 'shadow'\nshadow.enabled = false", "policy.toml: policy [shadow] enabled must be true"),
         ("kind = 'shadow'\n[ab]\nlooks = 3", 'policy.toml: policy ab is for kind ab, not "shadow"'),
+        (
+            "kind = 'shadow'\nfeedback = 'kafka:t'",
+            "policy.toml: policy feedback is for kind canary or blue-green or",
+        ),
+        ("[[metric]]\nname = 'a'", 'policy.toml: policy feedback must be "kafka:TOPIC"'),
+        ("feedback = 'redis'", 'policy.toml: policy feedback must be "kafka:TOPIC"'),
+        (
+            "feedback = 'kafka:t'\n[[metric]]\nname = 'a'\nprimary = true",
+            'policy.toml: policy [[metric]] number 1 primary is for kind ab, not "canary"',
+        ),
+        (
+            "kind = 'ab'\nfeedback = 'kafka:t'\n[[metric]]\nname = 'a'\nmargin = 0.1",
+            'policy.toml: policy [[metric]] number 1 margin is for kind canary or blue-green, not "ab"',
+        ),
+        (
+            "kind = 'blue-green'\nfeedback = 'kafka:t'\n[[metric]]\nname = 'a'\nminimum_labels = 1",
+            'policy.toml: policy [[metric]] number 1 minimum_labels is for kind canary, not "blue-green"',
+        ),
+        (
+            "feedback = 'kafka:t'\n[[metric]]\nname = 'a'\nmargin = -1",
+            "policy.toml: policy [[metric]] number 1 margin is -1, must be",
+        ),
+        (
+            "kind = 'ab'\nfeedback = 'kafka:t'\nab.feedback = 'kafka:t'\n[[metric]]\nname = 'a'",
+            "policy.toml: policy feedback and [ab] feedback say the same",
+        ),
         ("kind = 'ab'", "policy.toml: policy needs a [[metric]] with primary = true"),
         ("kind = 'ab'\n[[metric]]\nname = 'a'", "policy.toml: policy [ab] feedback must be"),
         (
