@@ -369,7 +369,7 @@ def test_an_exchange_that_stands_gets_only_the_shadows_binding() -> None:
 
 def test_a_shadow_on_its_primarys_queue_is_refused() -> None:
     """It would take requests away; without its primary nobody knows what it is to see."""
-    same = routes(PRIMARY, SHADOW.replace("work.next", "work"))
+    same = [*routes(PRIMARY), *routes(SHADOW.replace("work.next", "work"))]
     with pytest.raises(ConfigError, match="needs a queue of its own, such as"):
         shadow_fans(same, same)
     with pytest.raises(ConfigError, match='shadow_of = "primary" names no rabbitmq route'):
