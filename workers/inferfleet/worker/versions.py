@@ -150,7 +150,7 @@ class Versions:
 
     def _load_next(self) -> None:
         for key in self._in_order():
-            if key in self._engines or key in self._refused:
+            if key in self._engines or key in self._refused or key in self._evicted:
                 continue
             leaving = next((e for e in self._leaving if (e.model, e.version) == key), None)
             if leaving is not None:  # still warm: a version never has two engines
