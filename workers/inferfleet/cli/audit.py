@@ -82,10 +82,10 @@ def verify(session: Session, file: Path | None, last_hash: str | None, as_json: 
         fault = f"no entry has the hash {last_hash}: the log was cut off or written anew"
     if as_json:
         echo_json({"ok": fault is None, "fault": fault, **chain._asdict()})
-    elif fault is None and not chain.count:
+    elif fault is None and not chain.entries:
         click.echo("the audit log is empty")
     elif fault is None:
-        click.echo(f"ok: {chain.count} entries, {chain.first} to {chain.last}; the last hash is {chain.hash}")
+        click.echo(f"ok: {chain.entries} entries, {chain.first} to {chain.last}; the last hash is {chain.hash}")
     if fault is not None:
         raise ControlError(f"audit log{f' {file}' if file else ''}: {fault}")
 

@@ -16,7 +16,7 @@ from inferfleet.revisions import NO_HASH
 class Chain(NamedTuple):
     """What has been walked so far: how many entries, the first and last number, the hash of the last."""
 
-    count: int = 0
+    entries: int = 0
     first: int = 0
     last: int = 0
     hash: str = NO_HASH
@@ -32,13 +32,13 @@ def follow(chain: Chain, entry: AuditEntry, body: bytes) -> Chain | str:
 
     The first entry that is kept may continue what is kept no longer; number 1 continues nothing.
     """
-    if chain.count and entry.number != chain.last + 1:
+    if chain.entries and entry.number != chain.last + 1:
         return f"entry {entry.number} follows entry {chain.last}: something between them is missing"
-    if chain.count and entry.previous != chain.hash:
+    if chain.entries and entry.previous != chain.hash:
         return f"entry {entry.number} does not continue entry {chain.last}: one of them was changed"
     if entry.number == 1 and entry.previous != NO_HASH:
         return "entry 1 names an entry before it"
     if entry.number < 1:
         return f"entry {entry.number} cannot be read"
-    first = chain.first if chain.count else entry.number
-    return Chain(chain.count + 1, first, entry.number, digest(body))
+    first = chain.first if chain.entries else entry.number
+    return Chain(chain.entries + 1, first, entry.number, digest(body))
