@@ -165,7 +165,7 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for of in chunks:
         bench.take(of)
         bench.finish()
-        bench.loop.turn(0.0)
+        bench.turn()
     assert [of.open for of in chunks] == [0] * 8 + [5] * 2
 
 

@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 HORIZON_S = 60.0
 """How long either side waits for the other."""
 ASK_AGAIN_S = 1.0
+LOOK_EVERY_S = 0.02
+"""How often all that waits is looked through."""
 OPEN_AGAIN_S = 5.0
 MOST = 20_000
 MOST_BYTES = 64 << 20
@@ -58,6 +60,7 @@ class _Join:
         self.feed: OutcomeFeed | None = None
         self.open_at = 0.0
         self.ask_at = 0.0
+        self.look_at = 0.0
         self.mine: deque[_Waiting] = deque()
         self.by_id: dict[str, tuple[_Waiting, int]] = {}
         self.requests = 0
@@ -176,8 +179,10 @@ class Detached:
         """
         for name, join in self._joins.items():
             self._hear(name, join, now)
-            for waiting in join.ended(float("inf") if flush else now, self._most):
-                self._end(waiting)
+            if flush or now >= join.look_at:
+                join.look_at = now + LOOK_EVERY_S
+                for waiting in join.ended(float("inf") if flush else now, self._most):
+                    self._end(waiting)
             if join.mine and now >= join.ask_at and join.feed is not None:
                 join.ask_at = now + ASK_AGAIN_S
                 join.feed.ask(list(join.by_id))
