@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferfleet.control.memory import MemoryControlStore
@@ -509,6 +509,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["route", "routes"]), plain))
 def test_any_document_is_planned_or_refused_in_one_line(document: dict[str, Any]) -> None:
     """Whatever somebody sends, "latest" is looked for only where it means something."""

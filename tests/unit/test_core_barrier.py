@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferfleet.core.barrier import Verdict, ahead, barrier, barriers, clock_fault, unacknowledged
@@ -54,6 +54,7 @@ reports = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(reports, max_size=4))
 def test_ready_means_all_of_it_everywhere(workers: list[WorkerReport]) -> None:
     """Ready if and only if every live worker of the pool has each version and has acknowledged."""
@@ -65,6 +66,7 @@ def test_ready_means_all_of_it_everywhere(workers: list[WorkerReport]) -> None:
     assert found.workers == len(mine)
 
 
+@settings(deadline=None)
 @given(st.lists(reports, max_size=4), reports)
 def test_one_more_worker_never_opens_the_barrier(workers: list[WorkerReport], more: WorkerReport) -> None:
     """What is not ready with some is not ready with more of them."""
@@ -72,6 +74,7 @@ def test_one_more_worker_never_opens_the_barrier(workers: list[WorkerReport], mo
         assert barrier(ANNOUNCED, [*workers, more], "default").verdict(0, 1) is not Verdict.READY
 
 
+@settings(deadline=None)
 @given(st.lists(reports, max_size=4))
 def test_a_refusal_counts_only_of_what_is_needed_and_known(workers: list[WorkerReport]) -> None:
     """What an earlier try refused, what is being loaded again, and other versions do not stop it."""
