@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from inferfleet import config as settings
 from inferfleet.control.filefeed import READ_EVERY_S
 from inferfleet.errors import BrokerError, ModelLoadError
+from inferfleet.plane import WorkerReport
 from inferfleet.ports import RefusalKind
 from inferfleet.routes import parse_routes
+from inferfleet.summaries import Window
 from inferfleet.worker.lifecycle import Worker
 from tests.simulation.life import RESULTS, SOURCE, Life, table
 
@@ -166,4 +169,53 @@ def test_routes_that_need_redis_are_refused_by_a_worker_that_has_none(life: Life
     worker.run()
     assert worker.status().revision == first.revision
     life.routes = first
+    finish(life)
+
+
+class Told:
+    """A reporter that keeps what it was told."""
+
+    dropped = 0
+
+    def __init__(self) -> None:
+        self.reports: list[WorkerReport] = []
+        self.windows: list[Window] = []
+        self.closed = False
+
+    def heartbeat(self, report: WorkerReport) -> None:
+        self.reports.append(report)
+
+    def append(self, windows: Sequence[Window]) -> None:
+        self.windows += windows
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_worker_says_how_it_is_from_its_start_to_its_drain(life: Life) -> None:
+    """Loading first, then what it has taken over, at once; refused versions with their reason."""
+    made, told = life.worker(), Told()
+    worker = Worker(made._config, replace(made._to, reporter=told))
+    life.broken = {"2"}
+
+    def change() -> None:
+        if life.sent > 50:
+            life.routes = table(2)
+
+    life.happens += [
+        lambda: life.produce(4) if life.sent < 100 else None,
+        change,
+        lambda: worker.stop() if told.reports and told.reports[-1].refused else None,
+    ]
+    worker.run()
+    first, last = told.reports[0], told.reports[-1]
+    assert (first.loading, first.adopted, first.draining) == (["m:1"], {}, False)
+    assert (last.ready, last.adopted, last.draining) == (["m:1"], {"a": 0}, True)
+    assert last.digests == {"m:1": "digest of m:1"}
+    assert last.refused == {"m:2": "model m version 2 is broken"}
+    assert (last.memory_bytes, last.stale, list(last.lag)) == (100, "", ["a"])
+    assert max(report.rows_per_s.get("a", 0) for report in told.reports) > 0
+    assert told.closed
+    assert sum(window.requests for window in told.windows) > 0
+    life.routes = table(1)
     finish(life)

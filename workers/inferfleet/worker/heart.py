@@ -39,20 +39,24 @@ class Heart:
         self._clock = clock
         self._release = release
         self._started_ms = clock.utc_ms()
-        self._beat_at = float("-inf")
+        self._beat_at = self._counted_at = float("-inf")
+        self._said: dict[str, int] = {}
         self._ended: Counter[str] = Counter()
         self._stale_since: float | None = None
         self._rates: dict[str, float] = {}
         self.stale = ""
 
     def beat(self, *, draining: bool) -> None:
-        """Report, if it is time; ``draining`` is reported at once."""
+        """Report, if it is time; what was taken over since, and the drain, are reported at once."""
         now = self._clock.monotonic()
-        if not draining and now - self._beat_at < self._config.reports.heartbeat_s:
+        adopted = self._adopting.adopted
+        due = now - self._beat_at >= self._config.reports.heartbeat_s
+        if not due and not draining and adopted == self._said:
             return
+        self._said = adopted
         self._look_at_feed(now)
         if self._reporter is not None:
-            self._count(now - self._beat_at)
+            self._count(now - self._counted_at)
             self._reporter.heartbeat(self._report(draining))
         self._beat_at = now
 
@@ -67,9 +71,11 @@ class Heart:
 
     def _count(self, seconds: float) -> None:
         ended = Counter(self._loop.ended)
+        if seconds < 1:  # too short for a rate
+            return
         names = ended.keys() | self._rates.keys()
         self._rates = {name: (ended[name] - self._ended[name]) / seconds for name in names}
-        self._ended = ended
+        self._ended, self._counted_at = ended, self._clock.monotonic()
 
     def _report(self, draining: bool) -> WorkerReport:
         config, versions = self._config, self._versions
