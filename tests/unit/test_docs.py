@@ -18,6 +18,7 @@ from inferfleet.cli import cli
 from inferfleet.config import SECTIONS, Config, parse
 from inferfleet.errors import RULES, Code, ConfigError
 from inferfleet.models import description
+from inferfleet.policies import parse_policy
 from inferfleet.routes import parse_routes
 from inferfleet.telemetry.metrics import PREFIX, PrometheusMetrics
 
@@ -137,7 +138,9 @@ def test_every_toml_snippet_parses(page: Path, tmp_path: Path) -> None:
         if block.language != "toml":
             continue
         tree = tomllib.loads(block.text)
-        if "route" in tree:
+        if "step" in tree or "kind" in tree:
+            assert parse_policy(block.text, page.name).hash
+        elif "route" in tree:
             assert parse_routes(block.text, "inferfleet", page.name).routes
         elif "input" in tree:
             head = 'runtime = "python"\nfile = "model.py"\n' if "runtime" not in tree else ""

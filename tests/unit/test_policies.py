@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from inferfleet import policies
 from inferfleet.errors import ConfigError
 from inferfleet.policies import Policy, default_policy, load_policy, parse_policy
 
@@ -174,3 +175,18 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     """A missing file is an error of the settings."""
     with pytest.raises(ConfigError, match=r"policy file .*nowhere\.toml does not exist"):
         load_policy(tmp_path / "nowhere.toml")
+
+
+def test_the_page_has_every_key_with_its_default() -> None:
+    """docs/policies.md names each key, and the default that the code has."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
+    usual = {**policies._USUAL, "gate_before": []}
+    missing = []
+    for section in (policies._Top, *policies._TABLES.values(), *policies._LISTS.values()):
+        for field in msgspec.structs.fields(section):
+            default = usual.get(field.name) if field.default is None else field.default
+            plain = int(default) if isinstance(default, float) and default >= 5 else default
+            shown = "required" if field.required else f"`{msgspec.json.encode(plain).decode()}`"
+            if f"| `{field.name}` | {shown} |" not in page:
+                missing.append(f"{section.__name__}: `{field.name}` {shown}")
+    assert missing == []
