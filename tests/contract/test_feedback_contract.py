@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -99,6 +100,41 @@ def test_all_is_read_and_read_again_by_the_next(
     assert sorted(each.values["clicks"] for each in first.labels) == list(range(50))
     assert first.unread == 1
     assert sorted(found[1].answers) == sorted(first.answers)
+
+
+def test_topics_that_never_stand_still_are_caught_up_with(
+    kafka: KafkaServer, topic: TopicFactory, producer: Producer
+) -> None:
+    """A reader that waited for all partitions to be at their ends at once would never be done."""
+    answers, labels = topic(partitions=3), topic(partitions=3)
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.wait(0.001):
+            answer(producer, answers, f"r-{number}", 1, 0)
+            producer.produce(labels, json.dumps({"id": f"r-{number}", "x": 1}).encode())
+            producer.poll(0)
+            number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with closing(
+            KafkaFeedback(kafka.client_config(), "t.coordinator.r-1", sought(answers, labels))
+        ) as feed:
+            read = 0
+
+            def much_and_all() -> bool:
+                nonlocal read
+                found = feed.poll()
+                read += len(found.labels)
+                return read > 1_000 and found.caught_up
+
+            wait_until(much_and_all, PATIENCE_S, "the feed has caught up while more comes")
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_only_what_came_since_the_start_is_read(

@@ -117,6 +117,7 @@ class Evidence(msgspec.Struct):
     the time. ``labels`` maps arm and metric to values. ``lag`` maps a minute of the coordinator's time to the
     records that waited. ``heard_ms`` is when, by the coordinator's clock, a report last came. ``digests`` are
     those that workers report for the new version. ``drift`` says what drifted, and is empty if nothing did.
+    ``unheard`` says why labels cannot be read now, and is empty while they can.
     """
 
     arms: dict[str, Arm] = {}
@@ -132,6 +133,7 @@ class Evidence(msgspec.Struct):
     heard_ms: int = 0
     digests: list[str] = []
     drift: str = ""
+    unheard: str = ""
 
     def arm(self, name: str) -> Arm:
         """Return an arm's sums; an empty one where nothing was measured."""
@@ -193,6 +195,7 @@ class Evidence(msgspec.Struct):
         self.heard_ms = max(self.heard_ms, other.heard_ms)
         self.digests = sorted({*self.digests, *other.digests})
         self.drift = max(self.drift, other.drift)
+        self.unheard = max(self.unheard, other.unheard)
         self._bound()
 
     def _bound(self) -> None:

@@ -39,9 +39,10 @@ class Label(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What a feed has brought since it was last asked; ``caught_up`` says that nothing more waits now.
+    """What a feed has brought since it was last asked.
 
-    ``unread`` counts messages that are no labels.
+    ``caught_up`` says that nothing waits any more of what had been there the last time. ``unread`` counts
+    messages that are no labels.
     """
 
     answers: list[Answered]

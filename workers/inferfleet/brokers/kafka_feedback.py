@@ -60,6 +60,7 @@ class KafkaFeedback:
         self._topics = {sought.source.name, sought.answers.name}
         self._at: dict[Part, int] = {}
         self._ended: set[Part] = set()
+        self._ends: dict[Part, int] = {}
         self._look_at = clock()
         self._stale = "the partitions have not been looked up yet"
         self._closed = False
@@ -70,7 +71,11 @@ class KafkaFeedback:
         return self._stale
 
     def poll(self, most: int = 20_000) -> Feedback:
-        """Return what has come, at most ``most`` messages; waits for partitions only, within a bound."""
+        """Return what has come, at most ``most`` messages; waits for partitions only, within a bound.
+
+        It has caught up where each partition was read to its end, or to where its end was at the last poll:
+        topics that are written to all the time are never at their ends all at once.
+        """
         found = Feedback([], [], caught_up=False)
         if self._closed:
             return found
@@ -87,7 +92,17 @@ class KafkaFeedback:
             read += len(messages)
             if not messages:
                 break
-        return found._replace(caught_up=bool(self._at) and self._ended >= set(self._at), unread=unread)
+        caught_up = bool(self._at) and all(self._is_read(part, at) for part, at in self._at.items())
+        self._ends = {part: self._end_of(part) for part in self._at}
+        return found._replace(caught_up=caught_up, unread=unread)
+
+    def _is_read(self, part: Part, at: int) -> bool:
+        return part in self._ended or 0 <= self._ends.get(part, -1) <= at
+
+    def _end_of(self, part: Part) -> int:
+        """Return the end of a partition as the last fetch has told it, without asking; -1 before one has."""
+        known = self._consumer.get_watermark_offsets(TopicPartition(*part), cached=True)
+        return -1 if known is None or known[1] is None else int(known[1])
 
     def _take(self, message: Message, found: Feedback) -> bool:
         """Put one message where it belongs; say whether it should have been a label and is none."""

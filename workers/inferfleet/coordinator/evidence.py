@@ -103,6 +103,7 @@ class Gathering:
             for found in self._labels.read(rollout, now_ms):
                 arm = arm_of_label(rollout, found)
                 self.evidence.label(arm, found.metric, found.value, key_group(found.unit))
+            self.evidence.unheard = self._labels.trouble
         return self.evidence
 
     def _windows(self, rollout: Rollout) -> int:
@@ -163,11 +164,12 @@ class Labels:
             try:
                 self._feed = self._feeds(sought(rollout))
             except ConfigError as error:
-                self.trouble = str(error)
+                # A hold that says why; it is not time that nobody has watched.
+                self.trouble, self.behind = str(error), False
                 return ()
         found = self._feed.poll()
         self.trouble = self._feed.stale
-        self.behind = not found.caught_up
+        self.behind = not found.caught_up and not self.trouble
         return self._join.add(found, now_ms)
 
     def close(self) -> None:

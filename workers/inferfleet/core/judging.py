@@ -173,6 +173,8 @@ def holds(rollout: Rollout, evidence: Evidence, now_ms: int, gap_ms: int) -> lis
         found.append(Finding("sample ratio", "hold", said))
     if evidence.drift:
         found.append(Finding("drift", "hold", evidence.drift))
+    if evidence.unheard and rollout.kind != "ab":
+        found.append(Finding("labels", "hold", evidence.unheard))
     if lag_rises(evidence, policy.lag_windows, policy.lag_records, now_ms):
         found.append(Finding("lag", "hold", f"the lag has risen for {policy.lag_windows} minutes"))
     wrong = [digest for digest in evidence.digests if rollout.digest and digest != rollout.digest]
