@@ -16,7 +16,7 @@ from inferfleet.coordinator.leading import Leader, Pace
 from inferfleet.coordinator.messages import RolloutRequest, RolloutView
 from inferfleet.coordinator.rollouts import RolloutControl
 from inferfleet.core.revisions import in_force
-from inferfleet.errors import ModelRepositoryError
+from inferfleet.errors import ConfigError, ModelRepositoryError
 from inferfleet.feedback import Answered, Feedback, Label, Sought
 from inferfleet.plane import AuditEntry, Change, Draft, Lease, WorkerReport, version_name
 from inferfleet.revisions import Revision
@@ -78,10 +78,16 @@ class LabelsFeed:
         self._fleet = fleet
         self._since_ms = sought.since_ms
         self._read = 0
-        self.stale = ""
+
+    @property
+    def stale(self) -> str:
+        """Why nothing can be read now."""
+        return self._fleet.labels_stale
 
     def poll(self, most: int = 20_000) -> Feedback:
         """Return what has come."""
+        if self.stale:
+            return Feedback([], [], caught_up=False)
         fresh = self._fleet.labels[self._read :][:most]
         self._read += len(fresh)
         behind = self._read < len(self._fleet.labels)
@@ -121,6 +127,8 @@ class RolloutFleet:
         self.names = [f"w-{i}" for i in range(workers)]
         self.random = random.Random(7)
         self.sought: list[Sought] = []
+        self.labels_stale = ""
+        self.broken_feeds = ""
         self.timing = Timing(lead_ms=2_000)
         self.pace = Pace(store_s=5.0, settle_s=3.0)
         self.control = RolloutControl(self.plane, Shelf(), self.clock)
@@ -152,6 +160,8 @@ class RolloutFleet:
     def feeds(self, sought: Sought) -> LabelFeed:
         """Open the labels of every answer that counts."""
         self.sought.append(sought)
+        if self.broken_feeds:
+            raise ConfigError(self.broken_feeds)
         return LabelsFeed(self, sought)
 
     # Steering

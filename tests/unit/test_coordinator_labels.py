@@ -139,6 +139,20 @@ def test_a_step_waits_for_its_labels() -> None:
     assert fleet.rollout(rollout).step == 0
 
 
+def test_while_labels_cannot_be_read_nothing_goes_on_and_the_limit_counts() -> None:
+    """It is a hold that says why; no decision is made without what was to be judged by."""
+    fleet = RolloutFleet()
+    fleet.broken_feeds = "topic digits.labels does not exist"
+    rollout = fleet.start(policy={**CANARY, "step_limit_s": 60})
+
+    assert fleet.run(30, lambda: any(each.kind == "labels" for each in fleet.rollout(rollout).holds))
+    assert fleet.run(200, fleet.ended(rollout))
+
+    found = fleet.rollout(rollout)
+    assert found.phase == "inconclusive", found.history
+    assert "topic digits.labels does not exist" in found.outcome
+
+
 def test_a_switch_is_taken_back_by_the_labels_of_its_bake() -> None:
     """They are compared with those of the version before, seen while the new one was a shadow."""
     policy = {
@@ -211,3 +225,18 @@ def test_labels_belong_to_the_arm_of_the_variant_that_answered() -> None:
         "control",
         "stable",
     ]
+
+
+def test_a_test_without_its_labels_waits_and_says_why() -> None:
+    """Once they can be read it goes on by itself."""
+    fleet = RolloutFleet({"1": Version(accuracy=0.5), "2": Version(accuracy=0.9)})
+    fleet.labels_stale = "topic digits.labels does not exist or may not be read"
+    rollout = fleet.start(kind="ab", policy=AB)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_revision > 0)
+
+    fleet.run(60)
+    assert any("digits.labels does not exist" in each for each in fleet.view(rollout).waits_for)
+
+    fleet.labels_stale = ""
+    assert fleet.run(200, fleet.ended(rollout))
+    assert fleet.rollout(rollout).outcome.startswith("promoted")

@@ -116,6 +116,8 @@ class RolloutControl:
             waits.append(f"barrier: {barrier}")
         if found.phase == "gate":
             waits.append(_gate(found))
+        if evidence.unheard and not any(each.kind == "labels" for each in found.holds):
+            waits.append(f"labels: {evidence.unheard}")
         return replace(view, waits_for=waits)
 
     def _gathering(self, rollout: Rollout, kept: Stored | None) -> Gathering:
