@@ -167,6 +167,18 @@ def report(obj: Place, quick: bool, results: Path) -> None:
         click.echo(f"written to {path}")
 
 
+@main.command()
+@click.option("--count", type=click.IntRange(1_000), default=50_000, help="The backlog.")
+@click.option("--rate", type=click.FloatRange(50), default=800.0, help="Requests a second of both workers.")
+@_output
+@click.pass_obj
+def rollback(obj: Place, count: int, rate: float, output: Path | None) -> None:
+    """Give a broken version 5 % of a backlog; print how much it answered before it was taken back."""
+    from loadtest import rollback as rollbacks
+
+    _show(rollbacks.measure(count, per_s=rate, folder=obj.folder, tell=click.echo), output)
+
+
 @main.command("control-plane")
 @click.option("--workers", type=click.IntRange(1), default=500)
 @click.option("--routes", type=click.IntRange(2), default=200)

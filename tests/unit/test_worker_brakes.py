@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from inferfleet.control.pauses import LocalPauses
 from inferfleet.errors import RULES, Code
-from inferfleet.records import Chunk, Origin, Requests, RowFailure
+from inferfleet.plane import braked_version
+from inferfleet.records import Chunk, Origin, Requests, RowFailure, Served
 from inferfleet.worker.brakes import Brakes
 from tests.support.builders import chunk, requests
 
@@ -59,6 +60,19 @@ def test_nothing_more_ends_once_the_model_has_failed_in_a_row(code: Code) -> Non
     assert bench.brakes.withheld() == 6
 
 
+def test_a_version_that_fails_is_not_hidden_by_what_another_answers() -> None:
+    """Five per cent of a route's keys are all of a canary's: its brake is its own, and the pause names it."""
+    bench = Bench()
+    served = Served("a", "m", "2", "canary", "1")
+    for _ in range(3):
+        bench.brakes.answered("a", "1", 50)
+        failed = bench.failures([Code.MODEL])
+        failed[0].part.served = served
+        ended = bench.brakes.passed("a", failed, 0)
+    assert ended == []
+    assert braked_version(bench.board.current()["a"]) == "2"
+
+
 def test_a_batch_that_trips_the_brake_is_held_back_whole() -> None:
     """It is counted before anything of it is moved."""
     bench = Bench()
@@ -81,7 +95,7 @@ def test_beside_an_answer_of_the_same_batch_nothing_failed_in_a_row() -> None:
     bench = Bench()
     assert len(bench.batch([Code.MODEL] * 5, ok=1)) == 5
     bench.batch([Code.MODEL] * 2)
-    bench.brakes.answered("a", 1)
+    bench.brakes.answered("a", "", 1)
     assert len(bench.batch([Code.MODEL] * 2)) == 2
     assert bench.board.current() == {}
     assert bench.batch([Code.MODEL]) == []
@@ -220,7 +234,7 @@ def test_no_failure_is_lost_or_ends_twice(data: st.DataObject) -> None:
             in_a_row += len(now)
             assert in_a_row < bench.brakes._consecutive
         elif step == "ok":
-            bench.brakes.answered("a", 1)
+            bench.brakes.answered("a", "", 1)
             in_a_row = 0
         elif step == "resume":
             bench.board.resume("a")

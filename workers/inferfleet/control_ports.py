@@ -89,6 +89,12 @@ class ControlStore(Protocol):
     def leader(self) -> Lease | None:
         """Return the lease that stands, whoever holds it; ``None`` while nobody leads."""
 
+    def paused(self, route: str) -> str:
+        """Return why a route is paused for its pool; empty where it is not."""
+
+    def resume(self, route: str, reason: str) -> None:
+        """Take a route's pause away, if it is for this reason."""
+
     def close(self) -> None:
         """Let go of the connection."""
 

@@ -113,3 +113,15 @@ def seal(entry: AuditEntry) -> tuple[bytes, str]:
 def version_name(model: str, version: str) -> str:
     """Return how a version is written in reports: ``model:version``."""
     return f"{model}:{version}"
+
+
+def braked(version: str, reason: str) -> str:
+    """Return the reason of a pause that a version's brake sets; without a version the reason alone."""
+    return f"version {version}: {reason}" if version else reason
+
+
+def braked_version(reason: str) -> str:
+    """Return the version whose brake has set a pause, from the pause's reason; empty where none has."""
+    word, _, rest = reason.partition(" ")
+    version, colon, _ = rest.partition(":")
+    return version if word == "version" and colon and version.isdigit() else ""

@@ -38,6 +38,10 @@ class Keys:
         """Return the key of a worker's report; ``member`` is ``POOL:ID``."""
         return f"{self._prefix}workers:{member}"
 
+    def paused(self, route: str) -> str:
+        """Return the key whose existence pauses a route."""
+        return f"{self._prefix}paused:{route}"
+
     def sent(self, member: str) -> str:
         """Return the key that remembers which summaries of a worker came last."""
         return f"{self._prefix}workers:{member}:sent"

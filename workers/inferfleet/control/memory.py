@@ -45,6 +45,7 @@ class MemoryControlStore:
         self._counted = 0
         self._lease: tuple[Lease, float] | None = None
         self._tokens = 0
+        self.pauses: dict[str, str] = {}
         self.away = False
 
     def __repr__(self) -> str:
@@ -103,6 +104,17 @@ class MemoryControlStore:
         """Return all rollouts by their ids."""
         with self._answering():
             return dict(self._documents)
+
+    def paused(self, route: str) -> str:
+        """Return why a route is paused for its pool; empty where it is not."""
+        with self._answering():
+            return self.pauses.get(route, "")
+
+    def resume(self, route: str, reason: str) -> None:
+        """Take a route's pause away, if it is for this reason."""
+        with self._answering():
+            if self.pauses.get(route) == reason:
+                del self.pauses[route]
 
     def workers(self) -> list[WorkerReport]:
         """Return the workers that have reported lately, by pool and id."""

@@ -27,6 +27,7 @@ from inferfleet.control.logbook import (
     read_head,
     split_bodies,
 )
+from inferfleet.control.pauses import decode_pause
 from inferfleet.control.step import AuditHead, Step, step
 from inferfleet.errors import ConfigError, ConflictError, ControlError, FencedError, LogLostError
 from inferfleet.plane import AuditEntry, Change, Lease, Stored, WorkerReport, seal
@@ -233,6 +234,21 @@ class RedisControlStore:
         entries = self._calls.run("XRANGE", self._keys.audit, first, "+", "COUNT", limit)
         found = [chain_entry(*entry) for entry in entries]
         return [_audited(number, body) for number, _, body in found]
+
+    # Pauses
+
+    def paused(self, route: str) -> str:
+        """Return why a route is paused for its pool; empty where it is not."""
+        found = self._calls.run("GET", self._keys.paused(route))
+        return "" if found is None else decode_pause(found).reason
+
+    def resume(self, route: str, reason: str) -> None:
+        """Take a route's pause away, if it is for this reason.
+
+        A route that is paused keeps its reason, so between the two steps it can only have been resumed.
+        """
+        if self.paused(route) == reason:
+            self._calls.run("DEL", self._keys.paused(route))
 
     # Workers
 

@@ -16,14 +16,14 @@ import structlog
 from msgspec.structs import replace
 
 from inferfleet.control_ports import ControlStore
-from inferfleet.coordinator import stepping
+from inferfleet.coordinator import braking, stepping
 from inferfleet.coordinator.announcing import Timing, activate_ready
 from inferfleet.coordinator.evidence import Feeds, Gathering, evidence_name, is_evidence
 from inferfleet.coordinator.stepping import COORDINATOR, Standing
 from inferfleet.core import rollout as machine
 from inferfleet.core.barrier import Barrier, Verdict, barrier, pool_of
 from inferfleet.core.rollout import Step
-from inferfleet.core.rollout_moves import load_refused
+from inferfleet.core.rollout_moves import abort, load_refused
 from inferfleet.errors import ConfigError, ConflictError, ControlError, FencedError
 from inferfleet.plane import Change, Lease, Stored, WorkerReport
 from inferfleet.ports import Clock
@@ -116,6 +116,7 @@ class Leader:
         self._forget(turn.documents)
         self._fresh |= {name for name in turn.documents if taken_over}
         self._look_at_all(turn)
+        self._resume(turn)
         if self._clock.monotonic() >= self._trim_at:
             self._trim_at = self._clock.monotonic() + self._pace.trim_s
             self._guarded("old rollouts", partial(self._trim, turn))
@@ -130,6 +131,18 @@ class Leader:
             self._last = name
             if self._clock.monotonic() >= until:
                 break
+
+    def _resume(self, turn: _Turn) -> None:
+        """Let routes go on that a brake has paused for a version which was taken back since."""
+        for name, reason in braking.to_resume(turn.log, turn.workers, turn.now_ms).items():
+            if self._store.paused(name) == reason:
+                self._guarded(f"route {name}", partial(self._resume_one, turn, name, reason))
+
+    def _resume_one(self, turn: _Turn, name: str, reason: str) -> None:
+        entry = braking.resumed(name, reason)
+        self._store.commit(Change(actor=COORDINATOR.actor, audit=(entry,), lease=turn.lease))
+        self._store.resume(name, reason)
+        log.info("route_resumed", route=name, was=reason)
 
     def close(self) -> None:
         """Let go of what is read for rollouts."""
@@ -198,6 +211,10 @@ class Leader:
         effective = stepping.caught_up(live.rollout, turn.log, turn.now_ms)
         if effective is not live.rollout:
             self._take(turn, live, Step(effective, changed=True))
+        stopped = braking.braked(live.rollout, turn.workers)
+        if stopped:
+            self._take(turn, live, abort(live.rollout, turn.now_ms, stopped))
+            return
         if live.rollout.effect == "barrier" and self._at_barrier(turn, live):
             return
         evidence = live.gathering.gather(live.rollout, turn.workers, turn.now_ms)

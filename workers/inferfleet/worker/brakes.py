@@ -2,7 +2,9 @@
 
 A brake counts failures of first attempts before anything is moved. When it trips, the route is paused, for
 the whole pool where the pauses are shared, and what has failed since is held back: it is open, so nothing is
-committed past it, and it runs again when somebody resumes the route.
+committed past it, and it runs again when somebody resumes the route. Each version has a brake of its own and
+the pause names it: a canary that fails is not hidden by what the stable version answers, and a coordinator
+takes it back and resumes the route.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import structlog
 
 from inferfleet.core.brake import Brake
 from inferfleet.errors import RULES
+from inferfleet.plane import braked
 from inferfleet.ports import PauseBoard
 from inferfleet.records import Failures, Requests, RowFailure
 from inferfleet.worker.deadletter import origin_of
@@ -21,13 +24,13 @@ log = structlog.get_logger(__name__)
 
 
 class Brakes:
-    """One brake a route, and what is held back while a route is paused; owned by the loop's thread."""
+    """One brake for each version of a route, and what is held back while one is paused; the loop's own."""
 
     def __init__(self, board: PauseBoard, consecutive: int, share: float) -> None:
         self._board = board
         self._consecutive = consecutive
         self._share = share
-        self._brakes: dict[str, Brake] = {}
+        self._brakes: dict[tuple[str, str], Brake] = {}
         self._withheld: dict[str, list[Requests]] = {}
         self._paused: dict[str, str] = {}
 
@@ -35,23 +38,24 @@ class Brakes:
         """Follow the pauses of these routes from now on."""
         self._board.watch(sorted(names))
 
-    def answered(self, route: str, count: int) -> None:
-        """Of a batch without failures, ``count`` first attempts succeeded."""
-        self._brake(route).observe_ok(count)
+    def answered(self, route: str, version: str, count: int) -> None:
+        """Of a batch of ``version`` without failures, ``count`` first attempts succeeded."""
+        self._brake(route, version).observe_ok(count)
 
     def passed(self, route: str, failures: Sequence[RowFailure], answered: int) -> Sequence[RowFailure]:
-        """Count what a batch became; return the failures that end now: a paused route's model's do not.
+        """Count what a version's batch became; return the failures that end now: a paused route's do not.
 
         ``answered`` first attempts of the same batch succeeded: beside them, none failed in a row.
         """
         counted = [failure for failure in failures if RULES[failure.code].brake]
         first = [f for f in counted if origin_of(f.part.chunk, f.part.rows[0]).attempt == 1]
-        brake = self._brake(route)
+        version = _version_of(failures)
+        brake = self._brake(route, version)
         if brake.tripped is not None and route not in self._board.current():
             brake.reset()  # it was resumed since, and has not been looked at
         brake.observe_batch(answered, [f.part.ids[0] for f in first], [f.code for f in first])
         if first:
-            self._pull(route, brake)
+            self._pull(route, version, brake)
         if not counted or route not in self._board.current():
             return failures
         kept = [failure.part for failure in counted if failure.part.chunk.live]
@@ -62,14 +66,15 @@ class Brakes:
         """Count first attempts that a fault of ours kept from being read; they end all the same."""
         first = [i for i, row in enumerate(failures.rows) if origin_of(failures.chunk, row).attempt == 1]
         ids = [failures.ids[i] or failures.chunk.called(failures.rows[i]) for i in first]
-        brake = self._brake(route)
+        brake = self._brake(route, "")
         brake.observe_failures(ids, [failures.codes[i] for i in first])
-        self._pull(route, brake)
+        self._pull(route, "", brake)
 
-    def _pull(self, route: str, brake: Brake) -> None:
+    def _pull(self, route: str, version: str, brake: Brake) -> None:
         if brake.tripped is not None and route not in self._board.current():
-            log.error("brake_tripped", route=route, reason=brake.tripped)
-            self._board.pause(route, brake.tripped)
+            reason = braked(version, brake.tripped)
+            log.error("brake_tripped", route=route, version=version, reason=reason)
+            self._board.pause(route, reason)
 
     def held(self) -> dict[str, str]:
         """Return the routes that are paused, and why."""
@@ -84,7 +89,9 @@ class Brakes:
             return []
         again: list[Requests] = []
         for route in resumed:
-            self._brake(route).reset()
+            for (braked_route, _), brake in self._brakes.items():
+                if braked_route == route:
+                    brake.reset()
             again += [part for part in self._withheld.pop(route, ()) if part.chunk.live]
         self._paused = dict(current)
         return again
@@ -106,8 +113,14 @@ class Brakes:
             }
         return dead
 
-    def _brake(self, route: str) -> Brake:
-        brake = self._brakes.get(route)
+    def _brake(self, route: str, version: str) -> Brake:
+        brake = self._brakes.get((route, version))
         if brake is None:
-            brake = self._brakes[route] = Brake(self._consecutive, self._share)
+            brake = self._brakes[route, version] = Brake(self._consecutive, self._share)
         return brake
+
+
+def _version_of(failures: Sequence[RowFailure]) -> str:
+    """Return the version that failed them; all of a batch are of one."""
+    served = next((failure.part.served for failure in failures if failure.part.served is not None), None)
+    return "" if served is None else served.version

@@ -228,7 +228,7 @@ class WorkerLoop:
         if failures:
             self._failed(failures, answered)
         for name, count in answered.items():
-            self._brakes.answered(name, count)
+            self._brakes.answered(name, lane.version, count)
         self._metrics.stage("predict", result.seconds)
         self._metrics.stage("write", self._clock.monotonic() - started)
         # Between batches, so that the client's reports do not pile up behind a long queue of news.
