@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import click
 import msgspec
@@ -33,7 +32,6 @@ _REASON = click.option("--reason", default="", metavar="TEXT", help="Why; kept w
 _ACTOR = click.option("--actor", metavar="NAME", help="Who; by default user@host.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 _NAME = click.argument("name", metavar="ROUTE|ID")
-_SIMULATE = "inferfleet.cli.simulate"
 
 
 class _Verbs(click.Group):
@@ -41,14 +39,14 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return the verbs in the order of a rollout's life."""
-        known = [*self.commands]
-        return [*known, "simulate"] if importlib.util.find_spec(_SIMULATE) else known
+        return [*self.commands, "simulate"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a verb; ``None`` for one that does not exist."""
-        if cmd_name == "simulate" and importlib.util.find_spec(_SIMULATE):
-            module: Any = importlib.import_module(_SIMULATE)
-            return with_common_options(cast(click.Command, module.simulate))
+        if cmd_name == "simulate":
+            from inferfleet.cli.simulate import simulate
+
+            return with_common_options(simulate)
         return super().get_command(ctx, cmd_name)
 
 
