@@ -46,8 +46,11 @@ class Broker(Protocol):
     def results(self, route: str) -> str:
         """Return where a route's outcomes go, as ``routes.toml`` says it."""
 
-    def declare(self, fleet_toml: Path) -> None:
-        """Make everything that the routes need, as ``inferfleet topics plan`` names it; workers never do."""
+    def declare(self, fleet_toml: Path, also: Sequence[str] = ()) -> None:
+        """Make everything that the routes need, as ``inferfleet topics plan`` names it; workers never do.
+
+        ``also`` names topics of the demo's own, which only Kafka has.
+        """
 
     def wires(self, routes: Sequence[str], tally: Tally) -> Wires:
         """Connect the demo's own client for these routes."""

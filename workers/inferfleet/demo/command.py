@@ -11,7 +11,7 @@ from typing import Any
 
 from inferfleet.demo.processes import DemoError
 
-_PLAN_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S = 60.0
 
 
 def command(*words: str) -> list[str]:
@@ -30,16 +30,23 @@ def planned(fleet_toml: Path, *options: str) -> Any:
     With ``--apply`` among the options everything that the routes need stands afterwards. Raises
     :class:`~inferfleet.demo.processes.DemoError` with the command's own last line.
     """
-    words = ["--config", str(fleet_toml), "topics", "plan", "--json", *options]
+    return json.loads(said_by("--config", str(fleet_toml), "topics", "plan", "--json", *options))
+
+
+def said_by(*words: str) -> str:
+    """Run ``inferfleet`` with these words and return what it prints.
+
+    Raises :class:`~inferfleet.demo.processes.DemoError` with the command's own last line.
+    """
     done = subprocess.run(  # noqa: S603 - the demo's own command
         command(*words),
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
-        timeout=_PLAN_TIMEOUT_S,
+        timeout=_COMMAND_TIMEOUT_S,
     )
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise DemoError(f"`inferfleet {' '.join(words)}` failed: {said[-1]}")
-    return json.loads(done.stdout)
+    return done.stdout

@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 MODEL = "digits"
 VERSIONS = {"1": "linear, 100 images", "2": "network, 898 images"}
+BROKEN = "3"
+"""Version 2 with its classes mixed up, as by a label file in another order: it loads, runs, and is wrong."""
+_MIXED_UP = (0, 7, 2, 8, 9, 5, 6, 1, 3, 4)
 FIRST_IMAGES = 100
 PIXEL_MAX = 16.0
 _SEED = 7
@@ -89,6 +92,13 @@ def layers_of(classifier: Any) -> list[Layer]:
     else:
         pairs = zip([classifier.coef_.T], [classifier.intercept_], strict=True)
     return [Layer(weights.astype(np.float32), bias.astype(np.float32)) for weights, bias in pairs]
+
+
+def broken(layers: list[Layer]) -> list[Layer]:
+    """Return the layers with the classes of the last one in another order."""
+    order = list(_MIXED_UP)
+    last = layers[-1]
+    return [*layers[:-1], Layer(last.weights[:, order], last.bias[order])]
 
 
 def write_onnx(layers: list[Layer], path: Path) -> None:

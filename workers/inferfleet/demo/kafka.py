@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from confluent_kafka.admin import AdminClient, NewTopic
+
 from inferfleet.demo.command import planned
 from inferfleet.demo.embedded import PARTITIONS, create_topics
 from inferfleet.demo.kafka_wires import KafkaWires
@@ -17,6 +19,7 @@ _SETTINGS = """\
 bootstrap_servers = "{address}"
 session_timeout_ms = 6000
 """
+_CREATE_TIMEOUT_S = 30.0
 _EMBEDDED_CONSUMER = """
 [kafka.consumer]
 "fetch.wait.max.ms" = 10   # a fetch that waits at the embedded broker does not wake for new records
@@ -49,12 +52,16 @@ class KafkaBroker:
         """Return the topic of a route's outcomes."""
         return f"kafka:{route}.results"
 
-    def declare(self, fleet_toml: Path) -> None:
+    def declare(self, fleet_toml: Path, also: Sequence[str] = ()) -> None:
         """Create every topic of the plan; the embedded broker knows no administration, so it is asked."""
         if self.embedded:
-            create_topics(self.address, [each["name"] for each in planned(fleet_toml)["topics"]])
-        else:
-            planned(fleet_toml, "--apply", "--partitions", str(PARTITIONS))
+            create_topics(self.address, [*(each["name"] for each in planned(fleet_toml)["topics"]), *also])
+            return
+        planned(fleet_toml, "--apply", "--partitions", str(PARTITIONS))
+        if also:
+            admin = AdminClient({"bootstrap.servers": self.address, "log_level": 2})
+            for made in admin.create_topics([NewTopic(topic, PARTITIONS, 1) for topic in also]).values():
+                made.result(_CREATE_TIMEOUT_S)
 
     def wires(self, routes: Sequence[str], tally: Tally) -> KafkaWires:
         """Connect a producer and consumers."""

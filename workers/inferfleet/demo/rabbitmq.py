@@ -40,7 +40,7 @@ class RabbitBroker:
         """Return exchange and routing key of a route's outcomes; the plan binds a queue named as the key."""
         return f"rabbitmq:{_EXCHANGE}/{route}.results"
 
-    def declare(self, fleet_toml: Path) -> None:
+    def declare(self, fleet_toml: Path, also: Sequence[str] = ()) -> None:  # noqa: ARG002 - Kafka's
         """Declare queues, exchange and bindings by ``inferfleet topics plan --apply``."""
         planned(fleet_toml, "--apply")
 

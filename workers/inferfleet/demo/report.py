@@ -10,6 +10,7 @@ from rich.table import Table
 
 from inferfleet.demo import digits, files, sentences
 from inferfleet.demo.broker import Broker
+from inferfleet.demo.rollouts import Rollouts
 from inferfleet.demo.screen import VersionLine, sum_table, version_table
 from inferfleet.demo.stage import Batches, Stage
 from inferfleet.demo.tally import Tally
@@ -37,6 +38,7 @@ class Findings:
     missing_in_redis: int
     admins: tuple[str, ...] = ()
     """The admin addresses of the workers that still run."""
+    rollouts: Rollouts | None = None
 
     @property
     def lost(self) -> int:
@@ -47,7 +49,9 @@ class Findings:
     def passed(self) -> bool:
         """Whether every request has its right answer in both places, and nothing else came."""
         tally = self.tally
-        return not (self.lost or self.missing_in_redis or tally.errors or tally.wrong or tally.strangers)
+        if self.lost or self.missing_in_redis or tally.errors or tally.wrong or tally.strangers:
+            return False
+        return self.rollouts is None or self.rollouts.passed
 
 
 _WHAT = {
@@ -61,7 +65,26 @@ _WHAT = {
 
 def tables(findings: Findings, broker: Broker) -> list[Table]:
     """Return what to draw at the end: the versions, and the sums."""
-    return [version_table(_version_lines(findings)), sum_table(_sums(findings, broker))]
+    shown = [version_table(_version_lines(findings)), sum_table(_sums(findings, broker))]
+    return shown if findings.rollouts is None else [*shown, *_rollout_tables(findings.rollouts)]
+
+
+def _rollout_tables(rollouts: Rollouts) -> list[Table]:
+    ends = Table(title="What was rolled out on live traffic", title_justify="left")
+    for name in ("version", "ended", "after", "why"):
+        ends.add_column(name)
+    for each in rollouts.endings:
+        ends.add_row(each.title, each.phase, f"{each.seconds:.1f} s", each.outcome)
+    count = rollouts.count
+    rows = [
+        ("live requests", f"{count.sent} sent, {rollouts.unanswered} lost, {count.errors} errors"),
+        *(
+            (f"version {version}", f"{served.answered} answered, {served.accuracy:.1%} right")
+            for version, served in sorted(count.versions.items())
+        ),
+        ("version 3 answered for", f"{rollouts.bad_s:.1f} s, as a canary; as a shadow it answered nobody"),
+    ]
+    return [ends, sum_table(rows)]
 
 
 def _version_lines(findings: Findings) -> list[VersionLine]:
@@ -123,6 +146,7 @@ def hints(stage: Stage, broker: Broker, redis_port: int, admins: Sequence[str], 
             f"  {_program()} --config {stage.fleet_toml} status"
             + "".join(f" --admin {each}" for each in admins),
             *(f"  curl -s http://{each}/metrics" for each in admins),
+            *([f"  http://{stage.api}/ in a browser: routes, rollouts, workers"] if stage.rollouts else []),
             "Ask it yourself, here with the picture of a zero:",
             *(f"  {line}" for line in broker.asks(body)),
             f"  redis-cli -p {redis_port} GET inferfleet:result:digits:mine",

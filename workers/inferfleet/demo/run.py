@@ -6,17 +6,18 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from inferfleet.core.routing import Steering
-from inferfleet.demo import digits, files, sentences, servers
+from inferfleet.demo import digits, files, live, sentences, servers
 from inferfleet.demo.broker import Broker
 from inferfleet.demo.kafka import KafkaBroker
 from inferfleet.demo.processes import DemoError, Processes, recorded
 from inferfleet.demo.rabbitmq import start_rabbitmq
 from inferfleet.demo.report import Findings, hints, tables
+from inferfleet.demo.rollouts import Rollouts, SecondAct, start_coordinator
 from inferfleet.demo.screen import Screen
 from inferfleet.demo.show import Show
 from inferfleet.demo.stage import FLEET, GROUP, Stage, start_worker, wait_until_ready
@@ -51,7 +52,8 @@ def run(options: Options) -> bool:
     """
     screen = Screen()
     routes = ("digits", "files", *([sentences.ROUTE] if options.torch else []))
-    stage = Stage(options.folder, routes)
+    api = f"127.0.0.1:{servers.free_port()}"
+    stage = Stage(options.folder, routes, rollouts=options.broker != "rabbitmq", api=api)
     if recorded(stage.record):
         raise DemoError(f"a demo runs in {options.folder} already; end it with `inferfleet demo --stop`")
     stage.clear()
@@ -83,7 +85,6 @@ def _start_servers(
     redis_port = servers.start_redis(processes, stage.data, stage.logs)
     screen.say(f"{broker.title}, Redis on 127.0.0.1:{redis_port}")
     stage.write_settings(broker, redis_port)
-    broker.declare(stage.fleet_toml)
     return broker, redis_port
 
 
@@ -100,12 +101,16 @@ def _start_broker(options: Options, stage: Stage, processes: Processes, screen: 
 def _perform(stage: Stage, processes: Processes, broker: Broker, redis_port: int, screen: Screen) -> Findings:
     data = digits.load_digits()
     classifiers = digits.train(data)
-    stage.add_digits({version: digits.layers_of(each) for version, each in classifiers.items()})
+    layers = {version: digits.layers_of(each) for version, each in classifiers.items()}
+    stage.add_digits(layers | {digits.BROKEN: digits.broken(layers["2"])})
     types = files.load_file_types()
     stage.add_file_types(types)
     if sentences.ROUTE in stage.routes:
         stage.add_sentence_encoder()
     screen.say("two versions of a digits classifier trained, magika taken from its wheel: all as ONNX")
+    stage.apply_routes()
+    broker.declare(stage.fleet_toml, [live.FEEDBACK] if stage.rollouts else [])
+    screen.say("the routes are in the control plane: inferfleet route apply routes.toml")
     workers = [start_worker(processes, stage, f"worker-{number + 1}") for number in range(WORKERS)]
 
     # The workers start while the requests are prepared.
@@ -125,9 +130,24 @@ def _perform(stage: Stage, processes: Processes, broker: Broker, redis_port: int
     tally = Tally(loads)
     wires = broker.wires(stage.routes, tally)
     try:
-        return Show(stage, processes, broker, wires, tally, workers, screen).perform(redis_port)
+        findings = Show(stage, processes, broker, wires, tally, workers, screen).perform(redis_port)
     finally:
         wires.close()
+    if isinstance(broker, KafkaBroker):
+        findings = replace(findings, rollouts=_roll_out(stage, processes, broker.address, data, screen))
+    return findings
+
+
+def _roll_out(
+    stage: Stage, processes: Processes, kafka: str, data: digits.Digits, screen: Screen
+) -> Rollouts:
+    start_coordinator(processes, stage, stage.api)
+    screen.say(f"second act: a coordinator on http://{stage.api} rolls out two more versions on live traffic")
+    traffic = live.LiveTraffic(kafka, data)
+    try:
+        return SecondAct(stage, traffic, screen, stage.api).perform()
+    finally:
+        traffic.close()
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -43,6 +44,30 @@ class Gauge:
             self._last_line = line
 
 
+class LiveTable:
+    """How a rollout stands: a table that is drawn anew on a terminal, a line every two seconds elsewhere."""
+
+    def __init__(self, console: Console, live: Live | None) -> None:
+        self._console = console
+        self._live = live
+        self._next_line_at = 0.0
+
+    def show(self, title: str, reason: str, lines: Sequence[tuple[str, str, str]]) -> None:
+        """Show what stands; ``lines`` are versions, how much they answered, and how much was right."""
+        if self._live is not None:
+            table = Table(title=title, title_justify="left", caption=reason, caption_justify="left")
+            table.add_column("version")
+            table.add_column("answered", justify="right")
+            table.add_column("right", justify="right")
+            for line in lines:
+                table.add_row(*line)
+            self._live.update(table)
+        elif time.monotonic() >= self._next_line_at:
+            self._next_line_at = time.monotonic() + _PLAIN_EVERY_S
+            versions = ", ".join(f"v{version} {answered} ({right})" for version, answered, right in lines)
+            self._console.print(f"         {title}; answered: {versions}", soft_wrap=True)
+
+
 class Screen:
     """Writes for a person: colours and bars on a terminal, plain lines into a file or pipe."""
 
@@ -62,6 +87,15 @@ class Screen:
             self._console.print(drawn, soft_wrap=True, markup=False)
         else:
             self._console.print(drawn)
+
+    @contextmanager
+    def live_table(self) -> Iterator[LiveTable]:
+        """Show how a rollout stands while the block runs."""
+        if not self._console.is_terminal:
+            yield LiveTable(self._console, None)
+            return
+        with Live(console=self._console, refresh_per_second=5, transient=True) as shown:
+            yield LiveTable(self._console, shown)
 
     @contextmanager
     def gauge(self, total: int) -> Iterator[Gauge]:

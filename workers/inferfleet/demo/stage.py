@@ -12,9 +12,9 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferfleet.demo import digits, files, sentences
+from inferfleet.demo import digits, files, live, sentences
 from inferfleet.demo.broker import Broker
-from inferfleet.demo.command import command, environment
+from inferfleet.demo.command import command, environment, said_by
 from inferfleet.demo.processes import DemoError, Processes, Started
 from inferfleet.demo.servers import free_port
 from inferfleet.models.repository import Repository
@@ -38,10 +38,22 @@ repository = "models"
 trusted = [{trusted}]
 
 [routes]
-source = "file:routes.toml"
+source = "fleet"   # from the control plane: `inferfleet route apply routes.toml` puts them there
+
+[routing]
+lead_ms = 500
+
+[reports]
+every_s = 0.5
+heartbeat_s = 0.5
+
+[coordinator]
+address = "127.0.0.1:{api}"
+admin_address = "127.0.0.1:0"
 
 [worker]
 threads = 1
+state = "data/state"   # of this demo alone: an earlier one's routes are not to be remembered
 admin_address = "127.0.0.1:0"   # any free one; each worker of the demo is given its own
 """
 
@@ -69,16 +81,25 @@ model = "minilm"
 version = "1"
 max_batch_size = 32
 """
-ANSWERS = {"digits": _DIGITS, "files": _FILES, sentences.ROUTE: _SENTENCES}
+_LIVE = """\
+model = "digits"
+version = "1"   # the demo's second act rolls others out
+"""
+ANSWERS = {"digits": _DIGITS, "files": _FILES, sentences.ROUTE: _SENTENCES, live.ROUTE: _LIVE}
 """Which model versions answer each route."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The places inside the demo's folder, and which routes it shows."""
+    """The places inside the demo's folder, and which routes it shows.
+
+    ``rollouts`` says that there is a second act, on a route of its own. ``api`` is the coordinator's address.
+    """
 
     folder: Path
     routes: tuple[str, ...]
+    rollouts: bool = False
+    api: str = "127.0.0.1:8470"
 
     @property
     def fleet_toml(self) -> Path:
@@ -116,16 +137,27 @@ class Stage:
         """Write ``fleet.toml`` and ``routes.toml``."""
         trusted = f'"{sentences.MODEL}"' if sentences.ROUTE in self.routes else ""
         self.fleet_toml.write_text(
-            SETTINGS.format(fleet=FLEET, broker=broker.settings, redis=redis_port, trusted=trusted),
+            SETTINGS.format(
+                fleet=FLEET,
+                broker=broker.settings,
+                redis=redis_port,
+                trusted=trusted,
+                api=self.api.rpartition(":")[2],
+            ),
             encoding="utf-8",
         )
         routes = [
             ROUTE.format(
                 name=name, source=broker.source(name), results=broker.results(name), answers=ANSWERS[name]
             )
-            for name in self.routes
+            for name in (*self.routes, *([live.ROUTE] if self.rollouts else []))
         ]
         (self.folder / "routes.toml").write_text("\n".join(routes), encoding="utf-8")
+
+    def apply_routes(self) -> None:
+        """Put ``routes.toml`` into the control plane."""
+        file = str(self.folder / "routes.toml")
+        said_by("--config", str(self.fleet_toml), "route", "apply", file, "--reason", "the demo begins")
 
     def add_digits(self, layers: dict[str, list[digits.Layer]]) -> None:
         """Put both versions of the digits classifier into the repository."""
