@@ -99,6 +99,8 @@ def check_call(words: list[str]) -> None:
         if not isinstance(command, click.Group):
             return
         rest = [*parsed._protected_args, *parsed.args]
+        if not rest and command.invoke_without_command:
+            return
         name, found, words = command.resolve_command(parsed, rest)
         assert found is not None, name
         command, context = found, click.Context(found, info_name=name, parent=parsed)
@@ -126,7 +128,8 @@ def test_every_command_line_parses(page: Path, tmp_path: Path, monkeypatch: pyte
             continue
         for words in shell_commands(block.text):
             for word in words:
-                if re.fullmatch(r"[\w-]+\.\w+", word):
+                if re.fullmatch(r"[\w./-]+\.\w+", word):
+                    (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
                     (tmp_path / word).touch()
             check_call(words)
 
