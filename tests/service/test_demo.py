@@ -1,4 +1,4 @@
-"""``inferfleet demo`` from end to end: real workers, each kind of broker, Valkey, one kill, nothing lost."""
+"""``inferfleet demo`` from end to end: real workers, every broker, one kill, nothing lost, and rollouts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from inferfleet.demo.processes import birth, recorded, stop_recorded
 from tests.support import programs
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
-LIMIT_S = 240.0
+pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(420)]
+LIMIT_S = 300.0
 DEMO = [sys.executable, "-m", "inferfleet.cli", "demo"]
 
 
@@ -56,19 +57,44 @@ def assert_that_nothing_was_lost(shown: subprocess.CompletedProcess[str]) -> Non
     assert "by SIGKILL" in shown.stdout
 
 
+def assert_that_the_better_version_won(shown: subprocess.CompletedProcess[str]) -> None:
+    """Version 2 answers the live route, and 3 was found out, first as a shadow and then by its labels."""
+    ends = {
+        title: re.search(rf"│ {title} +│ (\w+) +│ [\d.]+ s +│ (.*?) *│", shown.stdout)
+        for title in ("2", "3 shadow", "3 canary")
+    }
+    assert {title: found and found[1] for title, found in ends.items()} == {
+        "2": "done",
+        "3 shadow": "aborted",
+        "3 canary": "aborted",
+    }, shown.stdout
+    assert ends["3 shadow"] is not None
+    assert ends["3 shadow"][2].startswith("comparison: block")
+    assert ends["3 canary"] is not None
+    assert ends["3 canary"][2].startswith("metric correct: ")
+    assert re.fullmatch(r"\d+ sent, 0 lost, 0 errors", said(shown.stdout, "live requests"))
+
+
 def test_every_request_is_answered_although_a_worker_is_killed(folder: Path) -> None:
     """All digits and files get their right answer, and what was kept runs on until ``--stop``."""
     shown = demo(folder, "--keep")
 
     assert_that_nothing_was_lost(shown)
+    assert_that_the_better_version_won(shown)
     record = folder / ".demo" / "pids.json"
     running = recorded(record)
-    assert [each.name.partition("-")[0] for each in running] == ["broker", "redis", "worker", "worker"]
+    assert [each.name.partition("-")[0] for each in running] == [
+        "broker", "redis", "worker", "worker", "coordinator",
+    ]  # fmt: skip
     settings = tomllib.loads((folder / ".demo" / "fleet.toml").read_text())
     with redis.Redis.from_url(settings["redis"]["url"]) as client:
         answer = json.loads(client.get("inferfleet:result:digits:digit-42") or "{}")
     assert answer["id"] == "digit-42"
     assert answer["model_version"] in {"1", "2"}
+    assert settings["routes"]["source"] == "fleet"
+    with urllib.request.urlopen(f"http://{settings['coordinator']['address']}/v1/routes/live") as told:
+        live = json.loads(told.read())
+    assert [each["version"] for each in live["standing"]["route"]["variants"]] == ["2"]
 
     refused = demo(folder)
     assert refused.returncode == 1
