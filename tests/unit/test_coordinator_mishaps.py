@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from inferfleet.coordinator.routes import RouteControl
-from inferfleet.errors import ConflictError
-from inferfleet.plane import Change
+from inferfleet.errors import ConflictError, ControlError
+from inferfleet.plane import Change, Draft, Lease
 from tests.support.rollout_fleet import FAST, ROUTE, RolloutFleet, Shelf
 
 NO_SHADOW = {**FAST, "shadow": {"enabled": False}}
@@ -44,3 +45,58 @@ def test_other_routes_change_while_a_rollout_goes_on() -> None:
     assert [each.name for each in made] == ["letters"]
     with pytest.raises(ConflictError, match=f"is in rollout {rollout}"):
         routes.plan({"route": [plain(ROUTE, "3")]}, "x")
+
+
+# Workers that cannot be heard
+
+
+def test_a_barrier_is_not_passed_because_nobody_is_there_to_be_asked() -> None:
+    """Redis has forgotten the workers, or none is up: a rollout without a worker goes nowhere and says why."""
+    fleet = RolloutFleet()
+    fleet.pace = fleet.pace._replace(settle_s=0)
+    rollout = fleet.start(policy=NO_SHADOW)
+
+    fleet.tick()
+    fleet.tick()
+
+    assert fleet.actions() == ["apply", "rollout step"]
+    assert any("no worker of pool default" in each for each in fleet.view(rollout).waits_for)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_revision > 0)
+
+
+@pytest.mark.parametrize("made_by", ["a rollout", "a person"])
+def test_a_leader_that_has_just_begun_or_lost_the_store_waits_for_workers_to_be_heard(made_by: str) -> None:
+    """The one that reports first is not the whole pool."""
+    fleet = RolloutFleet(workers=3)
+    fleet.run(5)
+    fleet.clock.advance(20)  # all registrations are gone
+    if made_by == "a rollout":
+        fleet.start(policy=NO_SHADOW)
+    else:
+        wanted = msgspec.structs.replace(fleet.standing(), goal_p99_ms=50.0)
+        fleet.plane.commit(Change(actor="dora", audit=(), drafts=(Draft(ROUTE, wanted, None, "apply"),)))
+    fleet.plane.away = True
+    with pytest.raises(ControlError):
+        assert fleet.leader is not None
+        fleet.leader.tick(Lease("c-0", 1), fleet.clock.utc_ms())
+    fleet.plane.away = False
+
+    names, fleet.names = fleet.names, ["w-0"]
+    fleet.second()
+    fleet.tick()
+    assert fleet.actions()[-1] != "activate"
+    fleet.names = names
+    assert fleet.run(10, lambda: fleet.actions()[-1] == "activate")
+
+
+def test_what_is_paused_gets_no_larger_share() -> None:
+    """A pause between an announcement and its barrier stops that step too; resumed, it goes on."""
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy=NO_SHADOW)
+    fleet.control.act(rollout, "pause", author="bob", reason="wait")
+
+    fleet.run(20)
+    assert fleet.actions() == ["apply", "rollout step"]
+
+    fleet.control.act(rollout, "resume", author="bob", reason="go")
+    assert fleet.run(10, lambda: fleet.actions()[-1] == "activate")

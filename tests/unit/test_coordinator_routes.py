@@ -279,6 +279,24 @@ def test_a_silent_worker_expires_and_a_draining_one_is_not_waited_for(plane: Pla
     assert silent.name not in {each.worker for each in plane.store.workers()}
 
 
+def test_workers_that_the_store_forgot_while_it_was_away_are_waited_for(plane: Plane) -> None:
+    """The first one that is heard again is not the whole pool."""
+    everybody = plane.workers
+    seen: list[str] = []
+
+    def away_then_back() -> None:
+        seen.append("look")
+        plane.store.away = len(seen) < 40
+        plane.workers = [] if plane.store.away else everybody[: 1 if len(seen) < 50 else 2]
+
+    plane.workers[1].loads = False
+    plane.between = away_then_back
+    plan = plane.control.plan(tree(V2), "x")
+    (done,) = plane.control.apply(plan.changes, author="eva", timeout_s=30, acknowledge_s=0)
+
+    assert done.problem.startswith("not ready within 30 s: w-2 has not loaded digits:2")
+
+
 def test_every_change_is_in_the_audit_log_with_before_after_and_bytes(plane: Plane) -> None:
     """Who, what, why, and the digests that will run; the chain holds."""
     apply(plane, V2)

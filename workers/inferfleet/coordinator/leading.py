@@ -107,6 +107,14 @@ class Leader:
 
         Raises FencedError where the lease is gone, ControlError while the store does not answer.
         """
+        try:
+            self._take_steps(lease, now_ms)
+        except ControlError:
+            # Workers that the store has forgotten meanwhile have to be heard again before they can be missed.
+            self._settled_at = self._clock.monotonic() + self._pace.settle_s
+            raise
+
+    def _take_steps(self, lease: Lease, now_ms: int) -> None:
         taken_over = lease != self._lease
         if taken_over:
             self._begin(lease)
@@ -162,7 +170,14 @@ class Leader:
         workers = self._store.workers()
         found = self._store.load()
         for change, where in activate_ready(found, workers, now_ms, self._timing, COORDINATOR):
+            if self._unsure and not where.waiting and not where.refused:
+                continue
             self._guarded(where.name, partial(self._store.commit, replace(change, lease=lease)))
+
+    @property
+    def _unsure(self) -> bool:
+        """Whether workers may be missing that are alive: no barrier is passed now."""
+        return self._clock.monotonic() < self._settled_at
 
     def _guarded(self, name: str, call: Callable[[], object]) -> None:
         """Call; a conflict is read again in the next turn, and a failure is this one's alone."""
@@ -198,9 +213,7 @@ class Leader:
         taken_over = name in self._fresh
         if live is None:
             return
-        settling = self._clock.monotonic() < self._settled_at and (
-            taken_over or any(each.kind == RESTARTED for each in live.rollout.holds)
-        )
+        settling = self._unsure and (taken_over or any(each.kind == RESTARTED for each in live.rollout.holds))
         if taken_over:
             self._hold_restarted(turn, live)
             self._fresh.discard(name)
@@ -260,11 +273,16 @@ class Leader:
         self._take(turn, live, Step(held, changed=True))
 
     def _at_barrier(self, turn: _Turn, live: _Live) -> bool:
-        """Give the announced route its time, or end the rollout if a worker refuses it; say if either was."""
+        """Give the announced route its time, or end the rollout if a worker refuses it; say if either was.
+
+        What is paused waits, and so does what nobody could have heard.
+        """
         found = barrier_of(live.rollout, turn.log, turn.workers)
         if found is None:
             return False
         verdict = found.verdict(turn.now_ms, float("inf"))
+        if verdict is Verdict.READY and (self._unsure or live.rollout.paused or not found.workers):
+            return False
         if verdict is Verdict.REFUSED:
             self._take(turn, live, load_refused(live.rollout, str(found), turn.now_ms))
         elif verdict is Verdict.READY:

@@ -114,6 +114,8 @@ class RolloutControl:
         barrier = barrier_of(found, log, workers)
         if barrier is not None and barrier.waiting:
             waits.append(f"barrier: {barrier}")
+        elif barrier is not None and not barrier.workers:
+            waits.append(f"barrier: no worker of pool {found.before.pool} has reported lately")
         if found.phase == "gate":
             waits.append(_gate(found))
         if evidence.unheard and not any(each.kind == "labels" for each in found.holds):

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from inferfleet.ports import Clock
 
 LOOK_EVERY_S = 0.25
+HEARD_S = 10.0
+"""How long after the store was away its workers may be missing from it: each has to report again."""
 ACKNOWLEDGE_S = 30.0
 MOST_HISTORY = 10_000
 
@@ -327,6 +329,7 @@ class RouteControl:
     ) -> list[Applied]:
         """Return how each announcement ended; what has ended leaves ``waiting``."""
         deadline = self._clock.monotonic() + limit_s
+        sure_from = 0.0
         done: list[Applied] = []
         while waiting:
             over = self._clock.monotonic() >= deadline
@@ -335,12 +338,14 @@ class RouteControl:
                 workers = self._store.workers()
                 log = self._store.load()
                 found = [barrier(each, workers, pool_of(log, each)) for each in waiting.values()]
-                for each in found:
+                sure = over or self._clock.monotonic() >= sure_from
+                for each in [one for one in found if sure or one.waiting or one.refused]:
                     ended = self._ended(each, log, author, over=over, limit_s=limit_s)
                     if ended is not None:
                         done.append(ended)
                         del waiting[each.name]
             except ControlError:
+                sure_from = self._clock.monotonic() + HEARD_S
                 if over:
                     raise
             if waiting:
