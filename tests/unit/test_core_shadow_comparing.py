@@ -250,3 +250,14 @@ def test_a_version_compared_with_itself_is_identical(one: Array, other: Array) -
     assert (found.identical, found.pairs) == (6, 6)
     assert verdict(found).level == "ok"
     assert (forth.nonfinite, forth.identical) == (back.nonfinite, back.identical)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "embedding", "logits", "found"])
+def test_answers_of_no_width_compare_too(name: str) -> None:
+    """A model whose outputs grow with what it finds has found nothing: here, there, on both sides."""
+    spec = TensorSpec(name, "FP32", (-1,))
+    comparer, into = Comparer([spec]), Comparison()
+    some, none = np.full((2, 3), 1 / 3, np.float32), np.zeros((2, 0), np.float32)
+    for one, other, truth in [(some, some, none), (some, none, some), (none, some, none), (none, none, none)]:
+        comparer.compare(into, ["a", "b"], {name: one}, {name: other}, {name: truth})
+    assert (into.pairs, into.identical, into.different) == (8, 4, 4)

@@ -90,7 +90,9 @@ class Shaded(Bench):
             self.clock.advance(0.6)
             self.loop.turn(0.0)
 
-    def finish(self, value: float | Array = 0.0, *, fails: bool = False, seconds: float = 0.01) -> Batch:
+    def finish(
+        self, value: float | Array = 0.0, *, fails: bool = False, seconds: float = 0.01, width: int = 2
+    ) -> Batch:
         """Let the oldest batch end, as the device thread would tell it."""
         engine, batch = self.flying.pop(0)
         result = BatchResult(batch, seconds=seconds)
@@ -100,7 +102,7 @@ class Shaded(Bench):
                 singles = [part.slice(i, i + 1) for i in range(len(part))]
                 result.failures += [RowFailure(each, Code.MODEL, "no") for each in singles]
                 continue
-            outputs = np.broadcast_to(np.asarray(value, np.float32), (batch.rows, 2))
+            outputs = np.broadcast_to(np.asarray(value, np.float32), (batch.rows, width))
             result.answers.append(Answer(part, {"y": outputs[at : at + part.total_rows].copy()}))
             at += part.total_rows
         self.loop._news.put(Finished(engine, result))
@@ -285,6 +287,53 @@ def test_a_chunk_that_was_taken_away_is_not_seen(monkeypatch: pytest.MonkeyPatch
     bench.loop.lost([of.stream])
     bench.finish()
     assert not bench.loop.shadowing.ready
+
+
+def test_what_waits_for_a_shadow_keeps_nothing_else_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of four rows would hold on to the chunk's other ninety-six, which no bound counts."""
+    bench = Shaded(monkeypatch, max_batch_size=4)
+    bench.loop.shadowing._max_rows = 4
+    bench.take(chunk([GOOD] * 100))
+    bench.finish()
+    (waiting,) = bench.loop.shadowing._queues.values()
+    arrays = [*waiting[0].part.tensors.values(), *waiting[0].outputs.values()]
+    assert [(len(array), array.base) for array in arrays] == [(4, None), (4, None)]
+
+
+def test_a_shadow_whose_answers_change_their_shape_ends_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Shaded(monkeypatch, NEXT._replace(secondary=1.0))
+    bench.take(chunk([GOOD] * 40))
+    bench.finish()
+    widths = [2, 3, 0] * 40
+    while bench.flying or bench.loop.shadowing.ready:
+        bench.turn()
+        batch = bench.flying[0][1]
+        if batch.lane.role == "shadow":
+            bench.finish(width=widths.pop(), seconds=0.0001)
+        else:  # slower, so that its batches span several of the shadow's
+            bench.finish(seconds=0.003 * batch.rows)
+    bench.close()
+    window = bench.told.of("shadow", "2")
+    assert window.comparison is not None
+    assert window.secondary is not None
+    assert (window.requests, window.comparison.pairs, window.secondary.pairs) == (40, 40, 40)
+
+
+def test_a_comparison_that_fails_ends_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a shadow answers: the next batch of the primary is answered."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no such shape")
+
+    bench = Shaded(monkeypatch)
+    monkeypatch.setattr(bench.plan.shadows[0].comparer, "compare", fails)
+    bench.take(chunk([GOOD] * 4))
+    bench.rest()
+    bench.take(chunk([GOOD] * 4, first=200))
+    bench.rest()
+    bench.close()
+    assert bench.codes("out") == ["ok"] * 8
+    assert bench.told.of("shadow", "2").requests == 8
 
 
 def test_a_version_that_was_unloaded_meanwhile_sees_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,12 +167,15 @@ class Comparer:
         if one.shape != other.shape:
             into.distances.add_same(1.0, len(one))
             return np.ones(len(one))
+        if not one.shape[1]:  # both found nothing, say no object in an image
+            into.distances.add_same(0.0, len(one))
+            return np.zeros(len(one))
         usable = np.isfinite(one).all(axis=1) & np.isfinite(other).all(axis=1)
         distances = np.zeros(len(one))
         if kind == "probabilities":
             if "logit" in spec.name.lower():
                 one, other = _softmax(one), _softmax(other)
-            known = None if truth is None else _floats(spec, truth)[usable]
+            known = None if truth is None or not truth[0].size else _floats(spec, truth)[usable]
             distances[usable] = _probabilities(into, one[usable], other[usable], close[usable], known)
         elif kind == "embeddings":
             distances[usable] = _embeddings(into, one[usable], other[usable])
@@ -377,7 +380,7 @@ def _short(spec: TensorSpec, kind: Kind, row: Array) -> str:
     if not _is_float(spec):
         return ",".join([_plain(value) for value in row.reshape(-1).tolist()])[:EXAMPLE_TEXT]
     values = _floats(spec, row.reshape(1, -1))[0]
-    if kind == "probabilities" and np.isfinite(values).all():
+    if kind == "probabilities" and len(values) and np.isfinite(values).all():
         top = int(values.argmax())
         return f"{top} ({values[top]:.3g})"
     shown = ", ".join([f"{value:.4g}" for value in values[:6].tolist()])

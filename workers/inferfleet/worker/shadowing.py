@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import structlog
 
 from inferfleet.core.cost import CostLine
 from inferfleet.ports import Clock
@@ -25,6 +27,8 @@ from inferfleet.worker.engine import Engine, Finished
 from inferfleet.worker.observing import Observing, fill_batch
 from inferfleet.worker.plan import RoutePlan, VariantPlan
 from inferfleet.worker.shadow_plan import ShadowPlan
+
+log = structlog.get_logger(__name__)
 
 MAX_ROWS = 4_096
 MAX_BYTES = 32 << 20
@@ -65,6 +69,13 @@ class _Copy(NamedTuple):
         part = self.part.slice(low, high)
         size_bytes = self.size_bytes * (last - first) // max(1, self.rows)
         return _Copy(self.plan, self.variant, part, outputs, last - first, size_bytes, theirs)
+
+    def owned(self) -> _Copy:
+        """Return it with arrays of its own: a view would keep all of the chunk or batch it is cut from."""
+        part = replace(self.part, tensors=_owned(self.part.tensors))
+        return self._replace(
+            part=part, outputs=_owned(self.outputs), theirs=self.theirs and _owned(self.theirs)
+        )
 
 
 class _Flight(NamedTuple):
@@ -153,8 +164,11 @@ class Shadowing:
     def _queue(self, copy: _Copy) -> None:
         shapes = tuple([(name, array.shape[1:]) for name, array in copy.part.tensors.items()])
         outputs = tuple([(name, array.shape[1:]) for name, array in copy.outputs.items()])
-        key = (copy.plan, copy.engine, copy.theirs is None, shapes, outputs)
-        self._queues.setdefault(key, deque()).append(copy)
+        theirs = (
+            [] if copy.theirs is None else [(name, array.shape[1:]) for name, array in copy.theirs.items()]
+        )
+        key = (copy.plan, copy.engine, copy.theirs is None, shapes, outputs, tuple(theirs))
+        self._queues.setdefault(key, deque()).append(copy.owned())
         self._rows += copy.rows
         self._bytes += copy.size_bytes
 
@@ -267,10 +281,10 @@ class Shadowing:
         line, largest = self._cost(flight.copies[0])
         line.observed(flight.batch.rows, result.seconds)
         self._costs[self._cost_key(flight.copies[0])] = (line, max(largest, flight.batch.rows))
-        if lane.role == "shadow":
-            self._shadowed(flight, result)
-        else:
-            self._repeated(flight, result)
+        try:
+            (self._shadowed if lane.role == "shadow" else self._repeated)(flight, result)
+        except Exception as error:  # no answer of a shadow may end a worker that serves others
+            log.error("shadow_not_compared", route=flight.copies[0].plan.served.route, exc_info=error)
         return True
 
     def _shadowed(self, flight: _Flight, result: BatchResult) -> None:
@@ -378,6 +392,10 @@ def _pairs(flight: _Flight, result: BatchResult) -> list[_Pairs]:
 
 def _picked(tensors: Tensors, rows: list[int]) -> Tensors:
     return {name: array[rows] for name, array in tensors.items()}
+
+
+def _owned(tensors: Tensors) -> Tensors:
+    return {name: array if array.flags.owndata else array.copy() for name, array in tensors.items()}
 
 
 def _joined(pieces: list[Tensors]) -> Tensors:
