@@ -195,6 +195,28 @@ def test_a_route_that_is_rolled_back_and_resumed_answers_what_it_held(
     assert (bench.loop.held, bench.intake.paused) == ({}, set())
 
 
+def test_what_stayed_open_without_a_route_is_answered_when_one_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The group may not have noticed that it was gone: without an end of its stream nobody else takes it."""
+    bench = Bench(monkeypatch, consecutive=3)
+    held, late = chunk([GOOD] * 4), chunk([GOOD] * 2, first=104)
+    bench.take(held)
+    bench.end(fails=True)
+    bench.loop.use([])
+    bench.board.resume("digits")
+    bench.turn()
+    bench.loop._reading.read(None, late)
+    bench.use("2")
+    bench.turn()
+    while bench.flying:
+        bench.end()
+        bench.turn()
+    assert (bench.codes("out"), bench.loop.open) == (["ok"] * 6, 0)
+    assert bench.intake.settled == {held.stream: 106}
+    assert bench.loop.admission.rows == 0
+
+
 def test_a_drain_does_not_wait_for_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody resumes a worker that ends: its records are given back."""
     bench = Bench(monkeypatch)

@@ -124,6 +124,7 @@ class WorkerLoop:
         if self.observing is not None:
             self.observing.serve([each.plan for each in schedules])
         self._again(self.engines.withdraw(self._moved))
+        self._reading.back(self._schedules)
         self._intake.subscribe(sorted(self._schedules), self)
 
     def _moved(self, part: Requests) -> bool:

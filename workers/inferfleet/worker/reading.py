@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from inferfleet.core.admission import Admission
@@ -51,13 +51,31 @@ class Reading:
         self.recent = Recent()
         self._charged: dict[Chunk, _Charge] = {}
         self._nobodys: dict[Chunk, list[int]] = {}
-        """Rows of open chunks that were held back when their route went: they wait for the stream's end."""
+        """Rows of open chunks whose route has gone: they wait for the stream's end, or for another route."""
 
     def read(self, schedule: Schedule | None, chunk: Chunk) -> None:
         """Decode, steer and queue one chunk, each record by the plan of its own time."""
         self._ledger.began(chunk)
         if schedule is None:  # records that nobody here can answer stay open: somebody else takes them
-            return
+            self._nobodys[chunk] = list(range(len(chunk)))
+        else:
+            self._read(schedule, chunk)
+
+    def back(self, schedules: Mapping[str, Schedule]) -> None:
+        """Read what had stayed open without a route, and whose source is served again, whoever serves it.
+
+        Its stream may never have been taken away, and nothing would be settled past it.
+        """
+        for chunk in [each for each in self._nobodys if each.stream.source in schedules]:
+            rows, schedule = self._nobodys.pop(chunk), schedules[chunk.stream.source]
+            if chunk not in self._charged:
+                self._read(schedule, chunk)
+                continue
+            for plan, indices in schedule.ways([chunk.timestamps_ms[row] for row in rows]):
+                found = rows if indices is None else [rows[index] for index in indices]
+                self._reread(plan, chunk, sorted(found))
+
+    def _read(self, schedule: Schedule, chunk: Chunk) -> None:
         started = self._clock.monotonic()
         if schedule.brings_retries(chunk.stream.source):
             restore(chunk)
