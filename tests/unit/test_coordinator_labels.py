@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from inferfleet.cli.rollout_views import rollout_lines
-from inferfleet.coordinator.evidence import arm_of_label
-from inferfleet.feedback import Measured
+from inferfleet.coordinator.evidence import Gathering, arm_of_label
+from inferfleet.feedback import Answered, Label, Measured
 from tests.support.rollout_fleet import FAST, RolloutFleet, Version
 
 AB: dict[str, Any] = {
@@ -240,3 +240,24 @@ def test_a_test_without_its_labels_waits_and_says_why() -> None:
     fleet.labels_stale = ""
     assert fleet.run(200, fleet.ended(rollout))
     assert fleet.rollout(rollout).outcome.startswith("promoted")
+
+
+def test_a_topic_counts_for_what_the_policy_asks_and_no_more() -> None:
+    """Other names are no metrics, however many there are; a share above 1 outweighs nobody."""
+    fleet = RolloutFleet()
+    policy = {**CANARY, "metric": [{"name": "bought", "margin": 0.05}, {"name": "paid", "kind": "mean"}]}
+    rollout = fleet.start(policy=policy)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_ms is not None)
+    state = fleet.rollout(rollout)
+    now = (state.first_ms or 0) + 1_000
+    said = [{"bought": 1.0}, {"bought": 0.0}, {"bought": 1e90}, {"bought": -1.0}, {"paid": 40.0}]
+    said += [{f"name-{i}": 1.0} for i in range(1_000)]
+    fleet.labels = [
+        (Answered(f"r-{i}", "2", "canary", b"k", now), Label(f"r-{i}", now, each))
+        for i, each in enumerate(said)
+    ]
+
+    evidence = Gathering(state, fleet.plane, None, fleet.feeds).gather(state, fleet.plane.workers(), now)
+
+    counts = {name: (each.count, each.total) for name, each in evidence.labels["canary"].items()}
+    assert counts == {"bought": (2, 1.0), "paid": (1, 40.0)}

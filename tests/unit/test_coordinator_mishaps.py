@@ -51,7 +51,7 @@ def test_other_routes_change_while_a_rollout_goes_on() -> None:
 
 
 def test_a_barrier_is_not_passed_because_nobody_is_there_to_be_asked() -> None:
-    """Redis has forgotten the workers, or none is up: a rollout without a worker goes nowhere and says why."""
+    """Redis has forgotten the workers, or none is up: the rollout goes nowhere and says why."""
     fleet = RolloutFleet()
     fleet.pace = fleet.pace._replace(settle_s=0)
     rollout = fleet.start(policy=NO_SHADOW)
@@ -76,8 +76,8 @@ def test_a_leader_that_has_just_begun_or_lost_the_store_waits_for_workers_to_be_
         wanted = msgspec.structs.replace(fleet.standing(), goal_p99_ms=50.0)
         fleet.plane.commit(Change(actor="dora", audit=(), drafts=(Draft(ROUTE, wanted, None, "apply"),)))
     fleet.plane.away = True
+    assert fleet.leader is not None
     with pytest.raises(ControlError):
-        assert fleet.leader is not None
         fleet.leader.tick(Lease("c-0", 1), fleet.clock.utc_ms())
     fleet.plane.away = False
 

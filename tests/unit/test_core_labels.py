@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferfleet.core.labels import LabelJoin
+from inferfleet.core.labels import MOST_OF_ONE, LabelJoin
 from inferfleet.feedback import Answered, Feedback, Label, Measured
 
 HOUR = 3_600_000
@@ -73,7 +73,7 @@ def test_what_nothing_can_match_any_more_is_forgotten() -> None:
     join = LabelJoin(1_000)
     join.add(came(answered("a", at_ms=0), Label("b", 0, {"x": 1})), 0)
 
-    join.add(came(Label("c", 1_001, {"x": 1})), 0)
+    join.add(came(Label("c", 1_001, {"x": 1})), 1_001)
     assert len(join) == 2  # the answer is gone; the labels wait, because answers are not that far yet
 
     join.add(came(caught_up=True), 1_500)
@@ -81,6 +81,36 @@ def test_what_nothing_can_match_any_more_is_forgotten() -> None:
     join.add(came(caught_up=True), 3_000)
     assert len(join) == 0
     assert join.late == 2
+
+
+def test_a_producer_whose_clock_is_ahead_takes_no_label_from_others() -> None:
+    """Hours ahead is joined by its own time; years ahead is not believed, and holds nothing in memory."""
+    join = LabelJoin(1_000)
+    ahead, broken = 5_000 + HOUR, 10**15
+    join.add(came(answered("z", at_ms=broken), answered("a", at_ms=5_000)), 5_000)
+    join.add(came(Label("x", ahead, {"x": 1}), Label("y", broken, {"x": 1})), 5_000)
+
+    found = join.add(came(Label("a", 5_500, {"x": 1})), 5_500)
+    join.add(came(caught_up=True), 7_000)
+
+    assert [each.unit for each in found] == [b"u-a"]
+    assert len(join) == 1, "the label that is an hour ahead waits for its time"
+    join.add(came(caught_up=True), ahead + 1_001)
+    assert len(join) == 0
+
+
+def test_one_id_without_an_answer_takes_no_memory_without_end() -> None:
+    """Nor labels from others: what is sent again is kept once, and what one id says is bounded."""
+    join = LabelJoin(HOUR, most=1_000)
+    join.add(came(answered("good")), 0)
+
+    join.add(came(*(Label("again", 1, {"x": 1}) for _ in range(5_000))), 1)
+    assert len(join) == 2
+    join.add(came(*(Label("bad", i, {"x": i}) for i in range(5_000))), 5_000)
+    assert len(join) == 2 + MOST_OF_ONE
+
+    assert join.share == 1
+    assert len(join.add(came(Label("good", 2, {"x": 1})), 5_000)) == 1
 
 
 def test_accuracy_is_the_share_of_rows_that_got_their_true_class() -> None:

@@ -52,6 +52,11 @@ def test_a_label_has_an_id_and_named_numbers() -> None:
         b'{"id": "a", "label": 1.5}',
         b'{"id": "a", "label": []}',
         b'{"id": "a", "x": 1e999}',
+        b'{"id": "a", "x": 1e101}',
+        b'{"id": "a", "x": 1%b}' % (b"0" * 400),
+        b'{"id": "a", "label": 1%b}' % (b"0" * 400),
+        b'{"id": "a", "label": 1e300}',
+        b'{"id": "%b", "x": 1}' % (b"a" * 129),
         b"\xff",
         b"[" * 10_000,
     ],
@@ -59,6 +64,18 @@ def test_a_label_has_an_id_and_named_numbers() -> None:
 def test_what_is_no_label_is_none(body: bytes) -> None:
     """Whoever may write labels cannot stop a rollout."""
     assert read_label(body, None, 0) is None
+
+
+@pytest.mark.parametrize("served", ["", "revision=" + "7" * 5_000, "revision=\u0667", "=;;=", ";" * 1_000])
+def test_an_outcome_that_says_nonsense_of_itself_counts_for_nobody(served: str) -> None:
+    """Nor does it stop whoever reads it."""
+    reader = AnswerReader(SOUGHT)
+
+    assert reader.read(None, headers(served=f"route=digits;version=2;{served}"), ANSWER, 1) in (
+        None,
+        Answered("a", "2", "", b"a", 1, (1, 0)),
+    )
+    assert reader.read(None, headers("a" * 129), ANSWER, 1) is None
 
 
 @given(st.binary(max_size=200))

@@ -20,7 +20,7 @@ from inferfleet.core.evidence import Evidence, evidence_bytes, evidence_of
 from inferfleet.core.labels import LabelJoin
 from inferfleet.core.routing import key_group
 from inferfleet.errors import ConfigError
-from inferfleet.feedback import ACCURACY, FIRST, Measured, Sought
+from inferfleet.feedback import ACCURACY, FIRST, Label, Measured, Sought
 from inferfleet.plane import WorkerReport, version_name
 from inferfleet.rollouts import Rollout
 from inferfleet.routes import Destination, Route
@@ -150,9 +150,9 @@ class Labels:
     """The labels of one rollout, joined with its answers; the feed is opened when it is first read."""
 
     def __init__(self, rollout: Rollout, feeds: Feeds) -> None:
-        wants = any(metric.name == ACCURACY for metric in rollout.policy.metrics)
+        self._kinds = {metric.name: metric.kind for metric in rollout.policy.metrics}
         horizon_ms = int(rollout.policy.label_horizon_s * 1000)
-        self._join = LabelJoin(horizon_ms, accuracy=wants)
+        self._join = LabelJoin(horizon_ms, accuracy=ACCURACY in self._kinds)
         self._feeds = feeds
         self._feed: LabelFeed | None = None
         self.behind = True
@@ -170,7 +170,21 @@ class Labels:
         found = self._feed.poll()
         self.trouble = self._feed.stale
         self.behind = not found.caught_up and not self.trouble
-        return self._join.add(found, now_ms)
+        labels = [kept for each in found.labels if (kept := self._asked_for(each)) is not None]
+        return self._join.add(found._replace(labels=labels), now_ms)
+
+    def _asked_for(self, label: Label) -> Label | None:
+        """Return what a label says of the policy's metrics; a topic may hold much else, without an end.
+
+        A proportion's value outside of 0 to 1 is nobody's: one of them would outweigh all others.
+        """
+        values = {
+            name: value
+            for name, value in label.values.items()
+            if (kind := self._kinds.get(name)) == "mean" or (kind is not None and 0 <= value <= 1)
+        }
+        classes = label.classes if ACCURACY in self._kinds else None
+        return Label(label.id, label.at_ms, values, classes) if values or classes is not None else None
 
     def close(self) -> None:
         """Stop reading."""

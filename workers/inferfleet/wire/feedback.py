@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -13,6 +12,10 @@ from inferfleet.wire import headers as names
 
 MAX_VALUES = 32
 MAX_ROWS = 1024
+MAX_VALUE = 1e100
+"""Above it squares may not be finite any more, and a sum of them would say nothing."""
+MAX_CLASS = 2**53
+MAX_DIGITS = 18
 
 _LABEL = msgspec.json.Decoder(dict[str, Any])
 
@@ -47,9 +50,11 @@ def read_label(body: bytes, headers: Headers | None, at_ms: int) -> Label | None
     values = {
         key: float(value)
         for key, value in said.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and abs(value) <= MAX_VALUE
     }
     if not isinstance(request_id, str) or not request_id or len(values) > MAX_VALUES:
+        return None
+    if len(request_id.encode()) > names.MAX_ID_BYTES:
         return None
     if not values and classes is None:
         return None
@@ -69,7 +74,7 @@ class AnswerReader:
     def read(self, key: bytes | None, headers: Headers | None, body: bytes, at_ms: int) -> Answered | None:
         """Return who answered which request; the classes too where they are wanted and stand there."""
         request_id, served = _text(headers, names.ID), _text(headers, names.SERVED)
-        if not request_id or not served:
+        if not request_id or not served or len(request_id.encode()) > names.MAX_ID_BYTES:
             return None
         if served not in self._served:
             if len(self._served) > 10_000:
@@ -89,7 +94,9 @@ class AnswerReader:
         version, revision = said.get("version", ""), said.get("revision", "")
         if said.get("route") != self._sought.route or version not in self._sought.versions:
             return None
-        if "fallback" in said or not revision.isdecimal() or int(revision) < self._sought.since_revision:
+        if "fallback" in said or not revision.isdecimal() or len(revision) > MAX_DIGITS:
+            return None
+        if int(revision) < self._sought.since_revision:
             return None
         return version, said.get("variant", "")
 
@@ -120,8 +127,12 @@ def classes_of(body: bytes, output: str) -> tuple[int, ...] | None:
 
 def _classes(value: object) -> tuple[int, ...] | None:
     listed: list[object] = value if isinstance(value, list) else [value]
-    whole = [int(each) for each in listed if isinstance(each, int | float) and float(each).is_integer()]
+    whole = [int(each) for each in listed if isinstance(each, int | float) and _is_class(each)]
     return tuple(whole) if 0 < len(whole) == len(listed) <= MAX_ROWS else None
+
+
+def _is_class(value: float) -> bool:
+    return abs(value) <= MAX_CLASS and float(value).is_integer()
 
 
 def _text(headers: Headers | None, name: str) -> str:
