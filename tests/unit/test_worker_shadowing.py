@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from inferfleet.config import Config, Retry, Worker
 from inferfleet.errors import Code
 from inferfleet.plane import WorkerReport
-from inferfleet.records import Answer, Array, Batch, BatchResult, Chunk, RowFailure, Served
+from inferfleet.records import Answer, Array, Batch, BatchResult, Chunk, Requests, RowFailure, Served
 from inferfleet.routes import Shadow, Variant
 from inferfleet.summaries import Comparison, Window, decode_window, encode_window
+from inferfleet.testing.clock import FakeClock
 from inferfleet.worker.engine import Engine, Finished
 from inferfleet.worker.observing import FirstSeen, Observing
 from inferfleet.worker.plan import RoutePlan
@@ -476,6 +477,28 @@ def test_keys_count_once_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(each.requests for each in seen) == 400
     assert all(sum(n for n, _ in each.key_groups.values()) == each.requests for each in seen)
     assert {bad for each in seen for _, bad in each.key_groups.values()} == {0}
+
+
+def test_late_records_of_old_revisions_make_no_new_keys_of_the_newest() -> None:
+    """Else what is split as planned looks as if it were not: the same keys count again and again."""
+    told = Told()
+    observing = Observing("w", told, FakeClock(), 1e9)
+    plan = route_plan(SIGNATURE, variants=VARIANTS)
+    of = chunk([GOOD] * 20)
+    tensors = {"x": np.zeros((1, 4), np.float32)}
+    for _ in range(3):
+        for revision in ("9", "5", "6", "7", "8"):
+            served = plan.variants[0].served._replace(revision=revision)
+            parts = [Requests(of, [row], [f"r{row}"], tensors, served=served) for row in range(20)]
+            batch = Batch(plan.variants[0].lane(parts[0]), parts, 20)
+            observing.batch(BatchResult(batch), (), lambda _part: (plan, plan.variants[0]))
+    observing.close()
+    assert {each.revision: each.first_seen for each in told.windows if each.revision > 6} == {
+        7: 20,
+        8: 20,
+        9: 20,
+    }
+    assert all(sum(n for n, _ in each.key_groups.values()) == 60 for each in told.windows)
 
 
 def test_all_arms_stop_counting_keys_at_once() -> None:

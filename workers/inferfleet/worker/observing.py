@@ -125,6 +125,7 @@ class Observing:
         parts = result.batch.parts
         counts: dict[Served, tuple[int, int]] = {}
         places: dict[Served, tuple[Served, str]] = {}
+        met: dict[Served, list[bytes]] = {}
         for part in parts:
             if part.served is None:
                 continue
@@ -133,8 +134,10 @@ class Observing:
             plan = whose(part)[0]
             if plan.route.shadow_of is not None:
                 places[part.served] = shadow_place(plan, part.served)
-            if len(plan.variants) > 1:
-                self._meet(plan, part, part.served)
+            if len(plan.variants) > 1:  # together: a part may be a single request
+                met.setdefault(part.served, []).extend(plan.keys(part))
+        for served, keys in met.items():
+            self._meet(served, keys)
         bad: dict[Served, int] = {}
         for failure in failures:
             served = failure.part.served
@@ -142,27 +145,38 @@ class Observing:
                 bad[served] = bad.get(served, 0) + 1
                 plan = whose(failure.part)[0]
                 if len(plan.variants) > 1:
-                    self._groups_of(served)[1, int(_digests(plan, failure.part)[0]) % KEY_GROUPS] += 1
+                    self._groups_of(served)[1, int(_digests(plan.keys(failure.part))[0]) % KEY_GROUPS] += 1
         total = sum([requests for requests, _ in counts.values()])
         for served, (requests, rows) in counts.items():
             window = self.window(*places.get(served, (served, "primary")))
             fill_batch(window, requests, rows, bad.get(served, 0), result.seconds / total)
 
-    def _meet(self, plan: RoutePlan, part: Requests, served: Served) -> None:
-        key = (served.route, served.revision)
-        seen = self._first_seen.get(key)
-        if seen is None:
-            mine = [each for each in self._first_seen if each[0] == served.route]
-            for old in mine[: max(0, len(mine) - KEPT_REVISIONS + 1)]:
-                del self._first_seen[old]
-            seen = self._first_seen[key] = FirstSeen()
-        digests = _digests(plan, part)
+    def _meet(self, served: Served, keys: Sequence[bytes]) -> None:
+        digests = _digests(keys)
         window = self.window(served)
-        if not seen.full:
-            window.first_seen += seen.met(served, digests.tolist())
-        window.first_seen_full = seen.full
+        seen = self._seen(served)
+        if seen is not None:
+            if not seen.full:
+                window.first_seen += seen.met(served, digests.tolist())
+            window.first_seen_full = seen.full
         groups = (digests % np.uint64(KEY_GROUPS)).astype(np.intp)
         self._groups_of(served)[0] += np.bincount(groups, minlength=KEY_GROUPS)
+
+    def _seen(self, served: Served) -> FirstSeen | None:
+        """Return the keys of a revision; ``None`` for one that is older than those that are kept.
+
+        By number: were the newest forgotten for late records of many others, its keys would count again.
+        """
+        key = (served.route, served.revision)
+        if key not in self._first_seen:
+            mine = [each for each in self._first_seen if each[0] == served.route]
+            if len(mine) >= KEPT_REVISIONS:
+                oldest = min(mine, key=lambda each: revision_number(each[1]))
+                if revision_number(served.revision) < revision_number(oldest[1]):
+                    return None
+                del self._first_seen[oldest]
+            self._first_seen[key] = FirstSeen()
+        return self._first_seen[key]
 
     def _groups_of(self, served: Served) -> Array:
         """Return the requests, and the failures among them, of each group of keys of an open window."""
@@ -233,9 +247,9 @@ def shadow_place(plan: RoutePlan, served: Served | None) -> tuple[Served, str]:
     return Served(plan.route.shadow_of or "", plan.route.model, version, plan.name, plan.revision), "shadow"
 
 
-def _digests(plan: RoutePlan, part: Requests) -> Array:
-    """Return the unsalted xxh3 of each request's key, unsigned 64 bits."""
-    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, plan.keys(part))), ">u8").astype(np.uint64)
+def _digests(keys: Sequence[bytes]) -> Array:
+    """Return the unsalted xxh3 of each key, unsigned 64 bits."""
+    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8").astype(np.uint64)
 
 
 def fill_batch(window: Window, requests: int, rows: int, bad: int, each_s: float) -> None:
