@@ -136,8 +136,8 @@ class Observing:
                 places[part.served] = shadow_place(plan, part.served)
             if len(plan.variants) > 1:  # together: a part may be a single request
                 met.setdefault(part.served, []).extend(plan.keys(part))
-        for served, keys in met.items():
-            self._meet(served, keys)
+        for arm, keys in met.items():
+            self._meet(arm, keys)
         bad: dict[Served, int] = {}
         for failure in failures:
             served = failure.part.served
