@@ -63,6 +63,14 @@ def test_a_route_stays_paused_while_its_version_answers_or_a_person_has_paused_i
     assert to_resume(log_of((route("1", "2"), 0), (route("1"), 5_000)), [worker(2)], 1_000) == {}
 
 
+def test_what_waits_for_the_version_that_failed_keeps_its_route_paused() -> None:
+    """A change from now on leaves what was held back to the old version: it would be emptied run by run."""
+    replaced = log_of((route("2"), 0), (route("1"), 800))
+
+    assert to_resume(replaced, [worker(2)], 1_000) == {}
+    assert to_resume(log_of((route("2"), 0), (route("1"), 0)), [worker(2)], 1_000) == {"a": REASON}
+
+
 def test_the_version_is_read_from_a_brakes_reason_alone() -> None:
     """What a person writes is no version's brake."""
     assert braked_version(REASON) == "2"

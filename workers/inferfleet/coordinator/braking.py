@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferfleet.core.revisions import in_force
+from inferfleet.core.revisions import timeline
 from inferfleet.plane import AuditEntry, WorkerReport, braked_version
 from inferfleet.revisions import RouteLog
 from inferfleet.rollouts import Rollout
@@ -31,16 +31,24 @@ def to_resume(log: RouteLog, workers: Sequence[WorkerReport], now_ms: int) -> di
     """Return the routes that a brake has paused for a version which answers nobody any more, and the reasons.
 
     Every live worker of the pool must steer by the newest revision, or it would run what was held back by
-    the version that failed.
+    the version that failed. So it would where an earlier revision still gives that version what is of its
+    time: a person who has replaced it from now on decides when what waits may go on.
     """
     found: dict[str, str] = {}
     for name in sorted(log.kept):
-        newest, current = log.newest(name), in_force(log.kept[name], now_ms)
-        if newest is None or newest is not current or newest.route is None:
+        times = timeline(log.kept[name])
+        newest = log.newest(name)
+        if newest is None or newest.route is None or newest is not times.at(now_ms):
             continue
         pool = [worker for worker in workers if worker.pool == newest.route.pool]
         reasons = {worker.paused[name] for worker in pool if name in worker.paused}
-        answering = {variant.version for variant in newest.route.variants if variant.buckets}
+        answering = {
+            variant.version
+            for revision in times.revisions
+            if revision.route is not None
+            for variant in revision.route.variants
+            if variant.buckets
+        }
         gone = [each for each in reasons if braked_version(each) and braked_version(each) not in answering]
         if gone and all(worker.adopted.get(name, 0) >= newest.number for worker in pool):
             found[name] = gone[0]
