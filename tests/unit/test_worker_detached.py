@@ -21,9 +21,10 @@ from inferfleet.worker.engine import Finished
 from inferfleet.worker.observing import Observing
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.schedule import Schedule
+from inferfleet.worker.settling import Settling
 from tests.support.builders import chunk, v2
 from tests.support.outlets import route_plan
-from tests.unit.test_worker_loop import SIGNATURE, Bench
+from tests.unit.test_worker_loop import GOOD, SIGNATURE, Bench
 from tests.unit.test_worker_shadowing import Shaded
 
 WRITER = AnswerWriter("m", "1", SIGNATURE)
@@ -72,7 +73,7 @@ class Apart(Shaded):
         self.loop.observing = detached.observing = observing
         self.loop.use([Schedule.always(plan)])
         self.loop.engines.watch(plan.variants[0].engine)
-        detached.follow(plan)
+        detached.serve([plan])
         self.detached = detached
         self.plan = plan
         return plan
@@ -87,7 +88,7 @@ def test_pairs_are_joined_by_id_and_their_records_settled(monkeypatch: pytest.Mo
     of = chunk([v2([1, 2, 3, 4], [1, 4])] * 3)
     bench.take(of)
     bench.finish(1.0)
-    ids = [bench.detached._joins["primary"].mine[0].answer.part.ids[i] for i in range(3)]
+    ids = [bench.detached._joins["digits"].mine[0].answer.part.ids[i] for i in range(3)]
     assert bench.opened == ["primary"]
     assert set(bench.feed.asked) == set(ids)
     assert of.open == 3
@@ -127,7 +128,7 @@ def test_an_error_of_the_primary_is_counted_apart(monkeypatch: pytest.MonkeyPatc
     of = chunk([v2([1, 2, 3, 4], [1, 4])])
     bench.take(of)
     bench.finish()
-    (request_id,) = bench.detached._joins["primary"].by_id
+    (request_id,) = bench.detached._joins["digits"].by_id
     bench.feed.coming.append(Heard([request_id], [error_body("no", Code.MODEL, request_id)], [None]))
     bench.turn()
     bench.close()
@@ -187,11 +188,48 @@ def test_a_primary_that_cannot_be_followed_is_tried_again(monkeypatch: pytest.Mo
     bench = Bench(monkeypatch)
     detached = Detached(refuse, bench.metrics, bench.clock)
     plan = route_plan(SIGNATURE, results=(), shadow_of="primary")
-    detached.follow(plan)
+    detached.serve([plan])
     for _ in range(12):
         bench.clock.advance(1.0)
         detached.poll(bench.clock.monotonic())
     assert len(bench_opened) == 3
+
+
+def test_two_shadows_of_one_primary_take_nothing_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On RabbitMQ one pool may hold both, each with a queue of its own: the same ids come to either."""
+    bench = Bench(monkeypatch)
+    feeds: list[Feed] = []
+
+    def follow(_name: str) -> OutcomeFeed:
+        feeds.append(Feed())
+        return feeds[-1]
+
+    detached = Detached(follow, bench.metrics, bench.clock)
+    plan = route_plan(SIGNATURE, results=(), shadow_of="primary")
+    other = route_plan(SIGNATURE, results=(), shadow_of="primary")
+    other.name = "other"
+    ended: list[Settling] = []
+    bench.delivery.on_settled = ended.append
+    for each in (plan, other):
+        of = chunk([GOOD])
+        part = Requests(of, [0], ["same"], {}, served=each.variants[0].served)
+        answer = Answer(part, {"y": np.ones((1, 2), np.float32)})
+        settling = Settling(bench.delivery, each, of, [0], {}, ["same"], part.served)
+        detached.answered(each, answer, settling)
+    for feed in feeds:
+        feed.tell(("same", 1.0))
+    detached.poll(bench.clock.monotonic())
+    assert {settling.plan.name for settling in ended} == {"digits", "other"}
+
+
+def test_a_shadow_that_goes_hears_nobody_and_keeps_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Apart(monkeypatch)
+    of = chunk([GOOD])
+    bench.take(of)
+    bench.finish(1.0)
+    assert of.open == 1
+    bench.detached.serve([])
+    assert (of.open, bench.feed.closed, bench.detached._joins) == (0, True, {})
 
 
 @settings(max_examples=40, deadline=None)
@@ -230,7 +268,7 @@ def test_every_request_ends_once_whoever_comes_first(sizes: list[int], data: st.
         assert found.pairs == found.identical == len(set(told))
         assert window.unmatched == total - len(set(told))
         assert all(of.open == 0 for of in chunks)
-        join = bench.detached._joins["primary"]
+        join = bench.detached._joins["digits"]
         assert (join.requests, len(join.by_id), len(join.mine)) == (0, 0, 0)
         assert join.bytes == sum(len(body) for (body, _), _ in join.theirs.values())
         assert bench.outlet.sent == []

@@ -8,7 +8,7 @@ does not come is counted and given up. Its record is settled then, and nothing w
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import structlog
@@ -54,9 +54,10 @@ class _Waiting:
 
 
 class _Join:
-    """Both sides of one shadow route."""
+    """Both sides of one shadow route; ``primary`` names the route that it sees the requests of."""
 
-    def __init__(self) -> None:
+    def __init__(self, primary: str) -> None:
+        self.primary = primary
         self.feed: OutcomeFeed | None = None
         self.open_at = 0.0
         self.ask_at = 0.0
@@ -177,8 +178,8 @@ class Detached:
 
         ``flush`` waits for nobody any longer.
         """
-        for name, join in self._joins.items():
-            self._hear(name, join, now)
+        for join in self._joins.values():
+            self._hear(join, now)
             if flush or now >= join.look_at:
                 join.look_at = now + LOOK_EVERY_S
                 for waiting in join.ended(float("inf") if flush else now, self._most):
@@ -188,28 +189,35 @@ class Detached:
                 join.feed.ask(list(join.by_id))
 
     def _join(self, plan: RoutePlan) -> _Join:
-        name = plan.route.shadow_of or ""
-        join = self._joins.get(name)
+        join = self._joins.get(plan.name)
         if join is None:
-            join = self._joins[name] = _Join()
-            self._open(name, join, self._clock.monotonic())
+            join = self._joins[plan.name] = _Join(plan.route.shadow_of or "")
+            self._open(join, self._clock.monotonic())
         return join
 
-    def follow(self, plan: RoutePlan) -> None:
-        """Begin to hear what a route's primary answers."""
-        self._join(plan)
+    def serve(self, plans: Collection[RoutePlan]) -> None:
+        """Hear what the primaries of these routes answer, and no longer those of others."""
+        primaries = {plan.name: plan.route.shadow_of for plan in plans}
+        for name in [name for name, join in self._joins.items() if primaries.get(name) != join.primary]:
+            join = self._joins.pop(name)
+            for waiting in join.ended(float("inf"), self._most):
+                self._end(waiting)
+            if join.feed is not None:
+                join.feed.close()
+        for plan in plans:
+            self._join(plan)
 
-    def _open(self, name: str, join: _Join, now: float) -> None:
+    def _open(self, join: _Join, now: float) -> None:
         join.open_at = now + OPEN_AGAIN_S
         try:
-            join.feed = self._open_feed(name)
+            join.feed = self._open_feed(join.primary)
         except InferfleetError as error:
-            log.error("outcomes_not_followed", route=name, error=str(error))
+            log.error("outcomes_not_followed", route=join.primary, error=str(error))
 
-    def _hear(self, name: str, join: _Join, now: float) -> None:
+    def _hear(self, join: _Join, now: float) -> None:
         if join.feed is None:
             if now >= join.open_at:
-                self._open(name, join, now)
+                self._open(join, now)
             return
         for heard in join.feed.poll():
             for request_id, body, length in zip(heard.ids, heard.bodies, heard.json_lengths, strict=True):
@@ -247,8 +255,11 @@ class Detached:
                 self._comparers.clear()
             comparer = self._comparers[part.served] = Comparer(outputs)
         window.comparison = window.comparison or Comparison()
-        for alike in self._alike(waiting, window, specs):
-            comparer.compare(window.comparison, *alike)
+        try:
+            for alike in self._alike(waiting, window, specs):
+                comparer.compare(window.comparison, *alike)
+        except Exception as error:  # their records are settled all the same
+            log.error("shadow_not_compared", route=part.served.route, exc_info=error)
 
     def _alike(
         self, waiting: _Waiting, window: Window, specs: dict[str, TensorSpec]

@@ -214,9 +214,9 @@ class Worker:
             self._shape = shape
             self._to.follow(tuple(each.plan.route for each in schedules))
             self.loop.use(schedules)
-            for plan in [each.plan for each in schedules if each.plan.route.shadow_of is not None]:
-                if self._detached is not None:
-                    self._detached.follow(plan)
+            if self._detached is not None:
+                shadows = [each.plan for each in schedules if each.plan.route.shadow_of is not None]
+                self._detached.serve(shadows)
             names = [each.name for each in schedules]
             log.info("routes_adopted", revision=self._adopting.label, routes=names)
 
