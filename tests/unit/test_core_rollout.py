@@ -238,6 +238,25 @@ def test_gates_ask_for_as_many_people_as_the_policy_says() -> None:
         verbs.promote(desk.rollout, "bob", "", desk.now_ms)
 
 
+def test_a_promotion_by_hand_goes_round_no_gate() -> None:
+    """One person alone passes neither the gate that it waits at nor one that lies before it."""
+    desk = in_step(NO_SHADOW + "approvals = 2\ngate_before = [50]")
+    with pytest.raises(RefusedError, match="has 0 of 2 approvals of 50 %"):
+        verbs.promote(desk.rollout, "bob", "", desk.now_ms)
+    desk.run(60, RATE)
+    assert (desk.rollout.phase, desk.rollout.next_percent) == ("gate", 50)
+    desk.take(verbs.approve(desk.rollout, "bob", desk.now_ms))
+    with pytest.raises(RefusedError, match="has 1 of 2 approvals of 50 %"):
+        verbs.promote(desk.rollout, "bob", "", desk.now_ms)
+    desk.take(verbs.approve(desk.rollout, "eve", desk.now_ms))
+    desk.minute(RATE)
+
+    assert (desk.rollout.phase, desk.rollout.percent) == ("step", 50)
+    desk.minute(RATE)
+    desk.take(verbs.promote(desk.rollout, "bob", "", desk.now_ms))
+    assert desk.rollout.phase == "bake"
+
+
 def test_a_regression_at_a_gate_is_aborted_too() -> None:
     """Waiting for people is no reason not to look."""
     desk = Desk(policy(NO_SHADOW + "critical = true"))

@@ -65,7 +65,7 @@ def abort(rollout: Rollout, actor: str, reason: str, now_ms: int) -> Step:
 def promote(rollout: Rollout, actor: str, reason: str, now_ms: int) -> Step:
     """Return the promotion by hand, from any phase before it: a person takes the decision on what there is.
 
-    Gates stay gates: where the policy asks for approvals at 100 %, they have to be there.
+    Gates stay gates: the approvals of each that has not been passed have to be there.
     """
     _going_on(rollout, "promoted")
     if rollout.kind == "shadow":
@@ -74,10 +74,11 @@ def promote(rollout: Rollout, actor: str, reason: str, now_ms: int) -> Step:
         raise RefusedError(f"rollout {rollout.id} is promoted already and bakes")
     if rollout.effect != "none":
         raise RefusedError(f"rollout {rollout.id} waits for the workers to be ready for its last step")
-    people = set(moves.approvers(rollout, 100.0))
-    if 100.0 in rollout.policy.gate_before and len(people) < rollout.policy.approvals:
-        said = f"{len(people)} of {rollout.policy.approvals} approvals of 100 %"
-        raise RefusedError(f"rollout {rollout.id} has {said}; its policy asks for them")
+    for percent in sorted(each for each in rollout.policy.gate_before if each > rollout.percent):
+        people = moves.approvers(rollout, percent)
+        if len(people) < rollout.policy.approvals:
+            said = f"{len(people)} of {rollout.policy.approvals} approvals of {percent:g} %"
+            raise RefusedError(f"rollout {rollout.id} has {said}; its policy asks for them")
     return moves.go(rollout, 100.0, now_ms, reason or "promoted by hand", actor)
 
 
