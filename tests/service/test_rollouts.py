@@ -190,6 +190,52 @@ def test_a_good_version_is_promoted_although_its_coordinators_die_and_stay_away(
     assert [each.finish() for each in workers] == [0, 0]
 
 
+def test_a_leader_that_stands_still_in_a_rollout_and_goes_on_steps_nothing_twice(
+    scene: Scene, kafka: KafkaServer, record_property: pytest.RecordProperty
+) -> None:
+    """SIGSTOP in a step (F24), SIGCONT while the other has gone on: one set of steps, and nothing fails."""
+    fleet, client = scene.fleet, kafka.client_config()
+    workers = scene.workers("w-1", "w-2")
+    first = scene.coordinator("c-1")
+    wait_until(lambda: first.leads, PATIENCE_S, "the first leads")
+    second = scene.coordinator("c-2")
+    with (
+        Reader(client, fleet.results("sums")) as answers,
+        OpenLoop(client, fleet.source("sums"), PARTITIONS, RATE) as load,
+    ):
+        policy = scene.policy(AT_ONCE)
+        rollout = scene.json("rollout", "start", "sums", "--to", "2", "--policy", policy)["id"]
+        wait_until(lambda: scene.actions()[-1] == "activate", PATIENCE_S, "the first step has its time")
+        first.pause()
+        taken = len(scene.actions())
+
+        wait_until(lambda: second.leads, PATIENCE_S, "the second leads")
+        wait_until(lambda: len(scene.actions()) > taken, PATIENCE_S, "the second takes a step")
+        first.resume()
+        ended = scene.reached(rollout, "done", "aborted", "inconclusive")
+        assert ended.phase == "done", ended
+        wait_until(
+            lambda: first.events("leading_ends"), PATIENCE_S, "the first has seen that it was replaced"
+        )
+        assert second.leads
+        assert not first.leads
+        load.stop()
+        answers.wait_ids(load.rows)
+        verdict = judge(load.rows, answers, ("1", "2"))
+        assert verdict.right, str(verdict)
+
+    assert scene.actions() == [
+        "apply",
+        *["rollout step", "activate"] * 2,
+        *["rollout bake", "activate"],
+        "rollout done",
+    ]
+    numbers = [each.number for each in reversed(scene.store.history("sums"))]
+    assert numbers == list(range(1, len(numbers) + 1))
+    record_property("rollout_two_leaders", f"one set of steps, {len(numbers)} revisions; {verdict}")
+    assert [each.finish() for each in workers] == [0, 0]
+
+
 def test_a_broken_version_is_taken_back_before_its_share_of_the_backlog_is_through(
     scene: Scene, kafka: KafkaServer, record_property: pytest.RecordProperty
 ) -> None:
