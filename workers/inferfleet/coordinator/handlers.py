@@ -203,7 +203,7 @@ class Handlers:
         return self._act(asked, "abort")
 
     def promote_rollout(self, asked: Asked) -> Reply:
-        """Let a rollout take its next step whatever the evidence says."""
+        """Let the new version answer everything, whatever the evidence says; gates stay gates."""
         return self._act(asked, "promote")
 
     def approve_rollout(self, asked: Asked) -> Reply:
