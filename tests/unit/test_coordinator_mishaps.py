@@ -100,3 +100,29 @@ def test_what_is_paused_gets_no_larger_share() -> None:
 
     fleet.control.act(rollout, "resume", author="bob", reason="go")
     assert fleet.run(10, lambda: fleet.actions()[-1] == "activate")
+
+
+# A store that has lost revisions
+
+
+def test_nothing_is_stepped_on_a_log_that_workers_are_ahead_of() -> None:
+    """The store was restored from an older copy: what workers say is of revisions that it does not have."""
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy=NO_SHADOW)
+    fleet.second()
+    log, documents = fleet.plane.copy(), dict(fleet.plane.documents())
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_revision > 0)
+    reports = fleet.plane.workers()
+    fleet.plane.restore(log)
+    fleet.plane._documents = documents
+
+    for _ in range(30):
+        fleet.clock.advance(1)
+        for each in reports:
+            fleet.plane.report(each, 6_000)
+        fleet.tick()
+
+    assert fleet.plane.head() == log.head
+    assert any("the store has lost revisions" in each for each in fleet.view(rollout).waits_for)
+    fleet.run(300, fleet.ended(rollout))
+    assert fleet.rollout(rollout).phase == "done", "it goes on when workers and store agree again"

@@ -21,7 +21,7 @@ from inferfleet.coordinator.announcing import Timing, activate_ready
 from inferfleet.coordinator.evidence import Feeds, Gathering, evidence_name, is_evidence
 from inferfleet.coordinator.stepping import COORDINATOR, Standing
 from inferfleet.core import rollout as machine
-from inferfleet.core.barrier import Barrier, Verdict, barrier, pool_of
+from inferfleet.core.barrier import Barrier, Verdict, ahead, barrier, pool_of
 from inferfleet.core.rollout import Step
 from inferfleet.core.rollout_moves import abort, load_refused
 from inferfleet.errors import ConfigError, ConflictError, ControlError, FencedError
@@ -118,7 +118,10 @@ class Leader:
         taken_over = lease != self._lease
         if taken_over:
             self._begin(lease)
-        self._finish_announcements(lease, now_ms)
+        workers, found = self._store.workers(), self._store.load()
+        if self._lost(found, workers):
+            return
+        self._finish_announcements(lease, now_ms, workers, found)
         workers = self._store.workers()
         turn = _Turn(lease, now_ms, workers, self._store.load(), self._store.documents())
         self._forget(turn.documents)
@@ -165,10 +168,22 @@ class Leader:
         self._settled_at = self._clock.monotonic() + self._pace.settle_s
         self._trim_at = self._clock.monotonic() + self._pace.trim_s
 
-    def _finish_announcements(self, lease: Lease, now_ms: int) -> None:
+    def _lost(self, found: RouteLog, workers: Sequence[WorkerReport]) -> bool:
+        """Say whether workers hold revisions that the store has lost: what they report is not of this log."""
+        lost = ahead(found.head, workers)
+        if lost and "the log" not in self._told:
+            log.error(
+                "leader_waits_log_lost", revision=found.head.number, worker=lost[0].worker, holds=lost[0].text
+            )
+            self._told["the log"] = lost[0].text
+        elif not lost:
+            self._told.pop("the log", None)
+        return bool(lost)
+
+    def _finish_announcements(
+        self, lease: Lease, now_ms: int, workers: Sequence[WorkerReport], found: RouteLog
+    ) -> None:
         """Give each announcement its time that no rollout made and that is ready; withdraw hopeless ones."""
-        workers = self._store.workers()
-        found = self._store.load()
         for change, where in activate_ready(found, workers, now_ms, self._timing, COORDINATOR):
             if self._unsure and not where.waiting and not where.refused:
                 continue

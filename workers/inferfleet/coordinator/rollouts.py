@@ -116,6 +116,9 @@ class RolloutControl:
             waits.append(f"barrier: {barrier}")
         elif barrier is not None and not barrier.workers:
             waits.append(f"barrier: no worker of pool {found.before.pool} has reported lately")
+        lost = ahead(log.head, workers)
+        if lost and not found.ended:
+            waits.append(f"log: worker {lost[0].worker} {lost[0].text}: the store has lost revisions")
         if found.phase == "gate":
             waits.append(_gate(found))
         if evidence.unheard and not any(each.kind == "labels" for each in found.holds):
