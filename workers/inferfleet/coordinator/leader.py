@@ -128,7 +128,7 @@ class Leadership:
         elif lease is not None and lease != before:
             self._standing = Standing(lease, "")
             self._metrics.leading(True)
-            log.info("leading_begins", holder=self._holder, token=lease.token)
+            log.info("leading_begins", holder=self._holder, term=lease.token)
 
     def _tick(self, leader: Ticking, lease: Lease) -> None:
         began = self._clock.monotonic()
