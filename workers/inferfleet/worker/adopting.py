@@ -110,6 +110,7 @@ class Adopting:
     def wanted(self, now_ms: int) -> Wanted:
         """Return which versions are needed, for what is taken over and for what is to be."""
         live: dict[Version, None] = {}
+        warm: dict[Version, None] = {}
         past: dict[Version, None] = {}
         announced: dict[Version, None] = {}
         horizon_ms = self._config.routing.horizon_s * 1000
@@ -119,11 +120,13 @@ class Adopting:
             for span in spans(line):
                 if span.end_ms > now_ms:
                     live.update(dict.fromkeys(self._versions(span.revision.route)))
+                    warm.update(dict.fromkeys(self._warm(span.revision.route)))
                 elif now_ms - span.end_ms < horizon_ms:
                     past.update(dict.fromkeys(self._versions(span.revision.route)))
         for revision in self._announced():
-            announced.update(dict.fromkeys(self._versions(revision.route)))
-        return Wanted(list(live), list(announced), list(past))
+            announced.update(dict.fromkeys(self._versions(revision.route) + self._warm(revision.route)))
+        # What is to be gone back to loads last, and is let go as little as what answers.
+        return Wanted([*live, *(each for each in warm if each not in live)], list(announced), list(past))
 
     def _announced(self) -> list[Revision]:
         found = [self.log.announced(name) for name in self._mine]
@@ -136,6 +139,12 @@ class Adopting:
         versions = [each.version for each in route.variants]
         versions += [each.version for each in route.shadows] if shadows else []
         return [(route.model, version) for version in versions]
+
+    def _warm(self, route: Route | None) -> list[Version]:
+        """Return the versions that a route of this pool wants loaded although they answer nobody."""
+        if route is None or route.pool != self._pool:
+            return []
+        return [(route.model, version) for version in route.warm]
 
     def missing(self, loaded: Mapping[Version, Engine], now_ms: int) -> set[Version]:
         """Return the versions that are not there and that the newest revisions need, now or later."""
@@ -238,10 +247,15 @@ class Adopting:
         if not self._serves(now.route):
             return None
         current = self._plan(now, label, loaded, None, plans)
-        made = [
-            current if each is now else self._plan(each, label, loaded, current, plans)
-            for each in line.revisions
-        ]
+        made: list[RoutePlan] = []
+        for each, _, end_ms in spans(line):
+            try:
+                made.append(current if each is now else self._plan(each, label, loaded, current, plans))
+            except InferfleetError:
+                if end_ms > now_ms:
+                    raise
+                # What is over keeps nothing later from being taken over: the stable version answers for it.
+                made.append(self._plan(each, label, {}, current, plans))
         return Schedule(current, line.starts_ms, made)
 
     def _plan(
@@ -287,7 +301,9 @@ class Adopting:
             return made
         if revision.route is not None and engines:
             try:
-                return plan(msgspec.structs.replace(revision.route, shadows=()), engines)
+                made = plan(msgspec.structs.replace(revision.route, shadows=()), engines)
+                self._check(made)
+                return made
             except InferfleetError:
                 pass  # the stable version of now takes other requests than those that are left
         stable = instead.route.variants[0]
@@ -301,7 +317,8 @@ class Adopting:
             newest, taken = self.log.newest(revision.name), self._taken.get(revision.name)
             behind = newest is not None and (taken is None or _order(taken.newest) != _order(newest))
             versions = self._versions(revision.route)
-            if behind or not versions or not all(version in loaded for version in versions):
+            needed = versions + self._warm(revision.route)
+            if behind or not versions or not all(version in loaded for version in needed):
                 continue
             try:
                 self._plan(revision, self.log.label, loaded, None, plans)
