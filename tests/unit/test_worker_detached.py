@@ -170,6 +170,21 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [of.open for of in chunks] == [0] * 8 + [5] * 2
 
 
+def test_partners_that_do_not_come_keep_no_worker_from_taking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shadow that lags by more than outcomes are kept would else take one fill of its memory a minute."""
+    bench = Apart(monkeypatch)
+    large = chunk([GOOD + b" " * 200_000] * 6)
+    bench.take(large)
+    bench.finish(1.0)
+    assert (bench.loop.admission.full, large.open) == (True, 6)
+    until = bench.clock.monotonic() + 10
+    while bench.loop.admission.full and bench.clock.monotonic() < until:
+        bench.turn()
+    assert large.open < 6
+    bench.take(chunk([GOOD], first=200))
+    assert len(bench.flying) == 1
+
+
 def test_a_drain_waits_for_no_partner(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Apart(monkeypatch)
     bench.take(chunk([v2([1, 2, 3, 4], [1, 4])] * 5))

@@ -198,10 +198,10 @@ class Delivery:
         else:
             self.detached.answered(plan, answer, settling)
 
-    def hear(self, now: float, *, flush: bool = False) -> None:
+    def hear(self, now: float, *, flush: bool = False, crowded: bool = False) -> None:
         """Let detached shadows hear what their primaries answered."""
         if self.detached is not None:
-            self.detached.poll(now, flush=flush)
+            self.detached.poll(now, flush=flush, crowded=crowded)
 
     # What outlets say
 

@@ -173,16 +173,18 @@ class Detached:
         if window is not None:
             window.seen += len(failures.rows)
 
-    def poll(self, now: float, *, flush: bool = False) -> None:
+    def poll(self, now: float, *, flush: bool = False, crowded: bool = False) -> None:
         """Hear what the primaries answered; settle what is compared, or has waited for long enough.
 
-        ``flush`` waits for nobody any longer.
+        ``flush`` waits for nobody any longer. ``crowded`` says that what waits here is all that keeps the
+        worker from taking more: the older half of it is given up, or one that lags would never catch up.
         """
         for join in self._joins.values():
             self._hear(join, now)
             if flush or now >= join.look_at:
                 join.look_at = now + LOOK_EVERY_S
-                for waiting in join.ended(float("inf") if flush else now, self._most):
+                most = min(self._most, join.requests // 2) if crowded else self._most
+                for waiting in join.ended(float("inf") if flush else now, most):
                     self._end(waiting)
             if join.mine and now >= join.ask_at and join.feed is not None:
                 join.ask_at = now + ASK_AGAIN_S

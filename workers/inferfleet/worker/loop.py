@@ -188,7 +188,8 @@ class WorkerLoop:
             self._results.poll()
         now = self._clock.monotonic()
         self._delivery.retry_parked(now)
-        self._delivery.hear(now, flush=flush or self._draining)
+        crowded = self.admission.full and not self.engines.running and not self.batcher.rows
+        self._delivery.hear(now, flush=flush or self._draining, crowded=crowded)
         self._listen(0.0)
         self._again(self._brakes.released())
         self.engines.run(flush=flush or self._draining)
