@@ -10,6 +10,7 @@ import pytest
 from inferfleet.coordinator.routes import RouteControl
 from inferfleet.errors import ConflictError, ControlError
 from inferfleet.plane import Change, Draft, Lease
+from inferfleet.routes import Route
 from tests.support.rollout_fleet import FAST, ROUTE, RolloutFleet, Shelf
 
 NO_SHADOW = {**FAST, "shadow": {"enabled": False}}
@@ -126,3 +127,48 @@ def test_nothing_is_stepped_on_a_log_that_workers_are_ahead_of() -> None:
     assert any("the store has lost revisions" in each for each in fleet.view(rollout).waits_for)
     fleet.run(300, fleet.ended(rollout))
     assert fleet.rollout(rollout).phase == "done", "it goes on when workers and store agree again"
+
+
+# Somebody else's hand on the route
+
+
+def change(fleet: RolloutFleet, **keys: Any) -> Route:
+    """Let dora change the route past everything that would keep her from it; return what she wants."""
+    wanted = msgspec.structs.replace(fleet.standing(), goal_p99_ms=50.0)
+    draft = Draft(ROUTE, wanted, fleet.clock.utc_ms(), "apply")
+    fleet.plane.commit(Change(actor="dora", audit=(), drafts=(draft,), **keys))
+    return wanted
+
+
+def test_a_person_cannot_steer_a_rollout_over_somebody_elses_change() -> None:
+    """No leader has seen it yet: an abort ends the rollout and leaves that change, the rest is refused."""
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy=NO_SHADOW)
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_revision > 0)
+    wanted = change(fleet)
+
+    with pytest.raises(ConflictError, match="dora changed the route"):
+        fleet.control.act(rollout, "promote", author="bob", reason="")
+    fleet.control.act(rollout, "abort", author="bob", reason="enough")
+
+    assert fleet.rollout(rollout).phase == "aborted"
+    assert fleet.standing() == wanted
+    assert fleet.plane.history(ROUTE)[0].author == "dora"
+
+
+def test_a_reset_that_leaves_the_route_out_ends_its_rollout() -> None:
+    """The rollout brings no route back that a person has given up."""
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy={**NO_SHADOW, "step_limit_s": 60})
+    assert fleet.run(60, lambda: fleet.rollout(rollout).first_revision > 0)
+    other = msgspec.structs.replace(fleet.rollout(rollout).before, name="letters")
+    draft = Draft("letters", other, fleet.clock.utc_ms(), "reset")
+    fleet.plane.commit(Change(actor="dora", audit=(), drafts=(draft,), reset=True))
+
+    for _ in range(100):
+        fleet.clock.advance(1)
+        fleet.tick()
+
+    assert ROUTE not in fleet.plane.load().kept
+    assert fleet.rollout(rollout).phase == "aborted"
+    assert "is no more" in fleet.rollout(rollout).outcome

@@ -233,7 +233,7 @@ class Leader:
             self._hold_restarted(turn, live)
             self._fresh.discard(name)
         foreign = stepping.displaced(live.rollout, turn.log)
-        if foreign is not None:
+        if foreign:
             self._take(turn, live, stepping.give_way(live.rollout, foreign, turn.now_ms))
             return
         effective = stepping.caught_up(live.rollout, turn.log, turn.now_ms)

@@ -216,7 +216,13 @@ class RolloutControl:
             if first is not None and not _alike(verb, first, before.rollout):
                 raise ConflictError(f"rollout {rollout} went on meanwhile; look at it again")
             first = before.rollout
-            step = _decided(before.rollout, verb, author, reason, now, seen or Seen())
+            foreign = stepping.displaced(before.rollout, log)
+            if foreign and verb != "abort":
+                raise ConflictError(f"rollout {rollout} gives way: {foreign}")
+            if foreign:
+                step = stepping.give_way(before.rollout, foreign, now)
+            else:
+                step = _decided(before.rollout, verb, author, reason, now, seen or Seen())
             kept = documents.get(evidence_name(rollout))
             sums = {evidence_name(rollout): (kept.version, None)} if kept and step.rollout.ended else {}
             change = stepping.change_of(step, before, log, Author(author, reason), beside=sums)

@@ -46,18 +46,24 @@ def caught_up(rollout: Rollout, log: RouteLog, now_ms: int) -> Rollout:
     return took_effect(rollout, newest.number, newest.effective_from_ms, now_ms)
 
 
-def displaced(rollout: Rollout, log: RouteLog) -> Revision | None:
-    """Return the revision by which somebody else has changed the rollout's route, if somebody has."""
+def displaced(rollout: Rollout, log: RouteLog) -> str:
+    """Say how somebody else has changed the rollout's route; empty where nobody has."""
+    if rollout.ended:
+        return ""
     revisions = log.kept.get(rollout.route, ())
+    if not revisions:
+        return f"route {rollout.route} is no more: the log was reset without it"
     foreign = [each for each in revisions if each.rollout != rollout.id and each.number > rollout.base]
     # Whoever withdraws the rollout's own announcement leaves what the rollout had before.
-    return foreign[-1] if foreign and not rollout.ended else None
+    if not foreign:
+        return ""
+    last = foreign[-1]
+    what = "took the route away" if last.route is None else "changed the route"
+    return f"{last.author} {what} (revision {last.number}: {last.reason or last.action})"
 
 
-def give_way(rollout: Rollout, revision: Revision, now_ms: int) -> Step:
+def give_way(rollout: Rollout, reason: str, now_ms: int) -> Step:
     """Return the end of a rollout whose route was changed by somebody else: that change stands."""
-    what = "took the route away" if revision.route is None else "changed the route"
-    reason = f"{revision.author} {what} (revision {revision.number}: {revision.reason or revision.action})"
     step = enter(rollout, "aborted", now_ms, reason)
     return step._replace(rollout=replace(step.rollout, outcome=reason))
 
