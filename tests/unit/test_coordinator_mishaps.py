@@ -11,7 +11,7 @@ from inferfleet.coordinator.routes import RouteControl
 from inferfleet.errors import ConflictError, ControlError
 from inferfleet.plane import Change, Draft, Lease
 from inferfleet.routes import Route
-from tests.support.rollout_fleet import FAST, ROUTE, RolloutFleet, Shelf
+from tests.support.rollout_fleet import FAST, ROUTE, RolloutFleet, Shelf, Version
 
 NO_SHADOW = {**FAST, "shadow": {"enabled": False}}
 
@@ -172,3 +172,49 @@ def test_a_reset_that_leaves_the_route_out_ends_its_rollout() -> None:
     assert ROUTE not in fleet.plane.load().kept
     assert fleet.rollout(rollout).phase == "aborted"
     assert "is no more" in fleet.rollout(rollout).outcome
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("off_ms", [3_600_000, -3_600_000])
+@pytest.mark.parametrize("made_by", ["a rollout", "a person"])
+def test_a_leader_whose_clock_is_an_hour_off_gives_nothing_its_time(off_ms: int, made_by: str) -> None:
+    """The switch would come an hour late, or for what was answered long ago; what is bad still ends."""
+    fleet = RolloutFleet()
+    fleet.run(5)
+    if made_by == "a rollout":
+        fleet.start(policy=NO_SHADOW)
+    else:
+        wanted = msgspec.structs.replace(fleet.standing(), goal_p99_ms=50.0)
+        fleet.plane.commit(Change(actor="dora", audit=(), drafts=(Draft(ROUTE, wanted, None, "apply"),)))
+    assert fleet.leader is not None
+
+    for _ in range(20):
+        fleet.second()
+        fleet.leader.tick(fleet.lease(), fleet.clock.utc_ms() + off_ms)
+    assert fleet.actions()[-1] != "activate"
+
+    assert fleet.run(10, lambda: fleet.actions()[-1] == "activate")
+
+
+@pytest.mark.parametrize("off_ms", [3_600_000, -3_600_000])
+def test_a_clock_that_is_an_hour_off_ends_no_bake_and_does_not_keep_a_bad_version(off_ms: int) -> None:
+    """Only an abort needs no clock: it goes back to a time that is written down."""
+    fleet = RolloutFleet()
+    rollout = fleet.start(policy=NO_SHADOW)
+    assert fleet.run(200, lambda: fleet.rollout(rollout).promoted_revision > 0)
+    assert fleet.leader is not None
+
+    for _ in range(60):
+        fleet.second()
+        fleet.leader.tick(fleet.lease(), fleet.clock.utc_ms() + off_ms)
+    assert fleet.rollout(rollout).phase == "bake"
+
+    fleet.behaviour["2"] = Version(failed=0.5)
+    for _ in range(60):
+        fleet.second()
+        fleet.leader.tick(fleet.lease(), fleet.clock.utc_ms() + off_ms)
+    found = fleet.rollout(rollout)
+    assert found.phase == "aborted"
+    assert fleet.plane.history(ROUTE)[0].effective_from_ms == found.first_ms

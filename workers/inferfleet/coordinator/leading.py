@@ -21,7 +21,7 @@ from inferfleet.coordinator.announcing import Timing, activate_ready
 from inferfleet.coordinator.evidence import Feeds, Gathering, evidence_name, is_evidence
 from inferfleet.coordinator.stepping import COORDINATOR, Standing
 from inferfleet.core import rollout as machine
-from inferfleet.core.barrier import Barrier, Verdict, ahead, barrier, pool_of
+from inferfleet.core.barrier import Barrier, Verdict, ahead, barrier, clock_fault, pool_of
 from inferfleet.core.rollout import Step
 from inferfleet.core.rollout_moves import abort, load_refused
 from inferfleet.errors import ConfigError, ConflictError, ControlError, FencedError
@@ -97,6 +97,7 @@ class Leader:
         self._trim_at = 0.0
         self._told: dict[str, str] = {}
         self._fresh: set[str] = set()
+        self._off = False
         self._last = ""
 
     def __repr__(self) -> str:
@@ -121,6 +122,7 @@ class Leader:
         workers, found = self._store.workers(), self._store.load()
         if self._lost(found, workers):
             return
+        self._look_at_the_clock(now_ms, workers)
         self._finish_announcements(lease, now_ms, workers, found)
         workers = self._store.workers()
         turn = _Turn(lease, now_ms, workers, self._store.load(), self._store.documents())
@@ -171,14 +173,23 @@ class Leader:
     def _lost(self, found: RouteLog, workers: Sequence[WorkerReport]) -> bool:
         """Say whether workers hold revisions that the store has lost: what they report is not of this log."""
         lost = ahead(found.head, workers)
-        if lost and "the log" not in self._told:
-            log.error(
-                "leader_waits_log_lost", revision=found.head.number, worker=lost[0].worker, holds=lost[0].text
-            )
-            self._told["the log"] = lost[0].text
-        elif not lost:
-            self._told.pop("the log", None)
+        said = f"worker {lost[0].worker} {lost[0].text}" if lost else ""
+        self._tell("leader_waits_log_lost", said, revision=found.head.number)
         return bool(lost)
+
+    def _look_at_the_clock(self, now_ms: int, workers: Sequence[WorkerReport]) -> None:
+        """See whether our clock is the workers': by another one nothing gets a time, and no time passes."""
+        said = clock_fault(now_ms, workers) or ""
+        self._off = bool(said)
+        self._tell("leader_waits_clock_off", said and f"the clock here is {said}")
+
+    def _tell(self, event: str, reason: str, **more: object) -> None:
+        """Say once why nothing goes on, until it does."""
+        if reason and event not in self._told:
+            log.error(event, reason=reason, **more)
+            self._told[event] = reason
+        elif not reason:
+            self._told.pop(event, None)
 
     def _finish_announcements(
         self, lease: Lease, now_ms: int, workers: Sequence[WorkerReport], found: RouteLog
@@ -191,8 +202,8 @@ class Leader:
 
     @property
     def _unsure(self) -> bool:
-        """Whether workers may be missing that are alive: no barrier is passed now."""
-        return self._clock.monotonic() < self._settled_at
+        """Whether workers may be missing that are alive, or our clock is off: no barrier is passed now."""
+        return self._off or self._clock.monotonic() < self._settled_at
 
     def _guarded(self, name: str, call: Callable[[], object]) -> None:
         """Call; a conflict is read again in the next turn, and a failure is this one's alone."""
@@ -228,7 +239,9 @@ class Leader:
         taken_over = name in self._fresh
         if live is None:
             return
-        settling = self._unsure and (taken_over or any(each.kind == RESTARTED for each in live.rollout.holds))
+        settling = self._off or (
+            self._unsure and (taken_over or any(each.kind == RESTARTED for each in live.rollout.holds))
+        )
         if taken_over:
             self._hold_restarted(turn, live)
             self._fresh.discard(name)
@@ -245,7 +258,8 @@ class Leader:
             return
         if live.rollout.effect == "barrier" and self._at_barrier(turn, live):
             return
-        evidence = live.gathering.gather(live.rollout, turn.workers, turn.now_ms)
+        heard = () if self._off else turn.workers
+        evidence = live.gathering.gather(live.rollout, heard, turn.now_ms)
         step = machine.advance(live.rollout, evidence, turn.now_ms)
         if step.rollout.phase != "aborted" and (settling or live.gathering.behind):
             # Time that nobody has watched is no time, and what was not read yet is no evidence for going on.

@@ -30,7 +30,7 @@ from inferfleet.coordinator.route_checks import check_served
 from inferfleet.coordinator.stepping import Standing
 from inferfleet.core import rollout as machine
 from inferfleet.core import rollout_verbs as verbs
-from inferfleet.core.barrier import ahead
+from inferfleet.core.barrier import ahead, clock_fault
 from inferfleet.core.rollout import Start, Step
 from inferfleet.core.rollout_moves import approvers
 from inferfleet.errors import ConfigError, ConflictError, LogLostError
@@ -119,6 +119,9 @@ class RolloutControl:
         lost = ahead(log.head, workers)
         if lost and not found.ended:
             waits.append(f"log: worker {lost[0].worker} {lost[0].text}: the store has lost revisions")
+        off = clock_fault(now, workers)
+        if off is not None and not found.ended:
+            waits.append(f"clock: the clock of who answers this is {off}")
         if found.phase == "gate":
             waits.append(_gate(found))
         if evidence.unheard and not any(each.kind == "labels" for each in found.holds):
