@@ -184,5 +184,18 @@ def test_a_token_that_is_bound_to_routes_changes_no_other(tmp_path: Path) -> Non
     assert bench.ask("POST", "/v1/routes", {"routes": [digits]}, **auth).status_code == 202
 
 
+def test_a_token_that_is_bound_to_routes_starts_no_new_log(tmp_path: Path) -> None:
+    """Whatever is left of the old one: what cannot be read any more may hold routes beyond its bounds."""
+    bench = Bench(tmp_path)
+    bench.seed("digits")
+    bench.file.write_text(bench.file.read_text() + "\n" + _bound_line("bound-token"))
+    body = {"routes": [PLAIN | {"name": "digits", "source": "kafka:digits.requests", "version": "2"}]}
+
+    response = bench.ask("POST", "/v1/reset", body, authorization="Bearer bound-token")
+
+    assert (response.status_code, response.json()["code"]) == (403, "E_FORBIDDEN")
+    assert bench.store.head().epoch == 0
+
+
 def _bound_line(token: str) -> str:
     return token_line(token, Caller("bound", Role.ADMIN, frozenset({"digits"})))
