@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inferfleet.config import Config, Retry, Worker
 from inferfleet.errors import Code
 from inferfleet.plane import WorkerReport
-from inferfleet.records import Answer, Array, Batch, BatchResult, Chunk, Requests, RowFailure, Served
+from inferfleet.records import Answer, Array, Batch, BatchResult, Chunk, Origin, Requests, RowFailure, Served
 from inferfleet.routes import Shadow, Variant
 from inferfleet.summaries import Comparison, Window, decode_window, encode_window
 from inferfleet.testing.clock import FakeClock
@@ -435,6 +435,22 @@ def test_a_window_counts_what_became_of_each_request(monkeypatch: pytest.MonkeyP
     assert (window.worker, window.route, window.variant, window.revision) == ("w", "digits", "stable", 17)
     unread = bench.told.of("primary", "")
     assert unread.codes == {"E_DECODE": 1}
+
+
+def test_a_request_that_fails_again_and_again_has_failed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its delayed attempts would else be one more failure, and a few such requests a bad version."""
+    bench = Shaded(monkeypatch, NEXT._replace(sample=0.0001), variants=VARIANTS)
+    bench.take(chunk([GOOD] * 4))
+    again = chunk([GOOD] * 4, first=200)
+    again.origins = [Origin("digits.requests", 0, 100 + i, 0, 2) for i in range(4)]
+    bench.take(again)
+    while bench.flying:
+        bench.finish(fails=True)
+    bench.close()
+    arms = [each for each in bench.told.windows if each.role == "primary"]
+    assert sum(each.failures.trials for each in arms) == sum(each.failures.events for each in arms) == 4
+    assert sum(bad for each in arms for _, bad in each.key_groups.values()) == 4
+    assert sum(each.rows for each in arms) == 8
 
 
 def test_windows_are_handed_on_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ class Window(msgspec.Struct, kw_only=True):
 
     ``role`` is ``primary`` or ``shadow``. ``first_seen`` counts keys that this worker met for the first time
     under the revision, for the sample-ratio check; ``first_seen_full`` says that it has met more keys than it
-    can tell apart, and counts no more of them in any arm. ``failures`` are answers that are the
+    can tell apart, and counts no more of them in any arm. ``failures`` are first attempts that failed by the
     model's or our fault, by batch; ``codes`` counts every outcome. ``compute`` holds seconds of model time
     for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
     ``seen`` (requests wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
@@ -185,7 +185,7 @@ class Window(msgspec.Struct, kw_only=True):
     last life ended without being asked to; ``fallbacks`` counts records answered by the stable version
     because theirs was gone. ``bad_ms`` is the time of the first and last failed outcome. ``key_groups``
     holds, where a route has several variants, for each group of keys
-    (:func:`inferfleet.core.routing.key_group`) its requests and those of ``failures`` among them.
+    (:func:`inferfleet.core.routing.key_group`) its first attempts and the ``failures`` among them.
     """
 
     worker: str

@@ -123,33 +123,37 @@ class Observing:
     def batch(self, result: BatchResult, failures: Sequence[RowFailure], whose: _WHO) -> None:
         """A batch has ended; ``failures`` are its requests that failed, unfit answers included."""
         parts = result.batch.parts
-        counts: dict[Served, tuple[int, int]] = {}
+        counts: dict[Served, tuple[int, int, int]] = {}
         places: dict[Served, tuple[Served, str]] = {}
         met: dict[Served, list[bytes]] = {}
         for part in parts:
             if part.served is None:
                 continue
-            requests, rows = counts.get(part.served, (0, 0))
-            counts[part.served] = (requests + len(part), rows + part.total_rows)
+            # A request counts once: further attempts would make one failure into several.
+            first = part.chunk.origins is None
+            requests, rows, firsts = counts.get(part.served, (0, 0, 0))
+            counts[part.served] = (requests + len(part), rows + part.total_rows, firsts + first * len(part))
             plan = whose(part)[0]
             if plan.route.shadow_of is not None:
                 places[part.served] = shadow_place(plan, part.served)
-            if len(plan.variants) > 1:  # together: a part may be a single request
+            if first and len(plan.variants) > 1:  # together: a part may be a single request
                 met.setdefault(part.served, []).extend(plan.keys(part))
         for arm, keys in met.items():
             self._meet(arm, keys)
         bad: dict[Served, int] = {}
         for failure in failures:
             served = failure.part.served
-            if served is not None and RULES[failure.code].brake:
+            if served is not None and RULES[failure.code].brake and failure.part.chunk.origins is None:
                 bad[served] = bad.get(served, 0) + 1
                 plan = whose(failure.part)[0]
                 if len(plan.variants) > 1:
                     self._groups_of(served)[1, int(_digests(plan.keys(failure.part))[0]) % KEY_GROUPS] += 1
-        total = sum([requests for requests, _ in counts.values()])
-        for served, (requests, rows) in counts.items():
+        total = sum([requests for requests, _, _ in counts.values()])
+        for served, (requests, rows, firsts) in counts.items():
             window = self.window(*places.get(served, (served, "primary")))
-            fill_batch(window, requests, rows, bad.get(served, 0), result.seconds / total)
+            fill_batch(window, requests, rows, result.seconds / total)
+            if firsts:
+                window.failures.add(firsts, bad.get(served, 0))
 
     def _meet(self, served: Served, keys: Sequence[bytes]) -> None:
         digests = _digests(keys)
@@ -252,13 +256,12 @@ def _digests(keys: Sequence[bytes]) -> Array:
     return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8").astype(np.uint64)
 
 
-def fill_batch(window: Window, requests: int, rows: int, bad: int, each_s: float) -> None:
+def fill_batch(window: Window, requests: int, rows: int, each_s: float) -> None:
     """Count a batch, or a version's share of it: ``each_s`` is its model time for each request."""
     window.batches += 1
     window.rows += rows
     window.compute_s += each_s * requests
     window.compute.add_same(each_s, requests)
-    window.failures.add(requests, bad)
 
 
 def revision_number(revision: str) -> int:

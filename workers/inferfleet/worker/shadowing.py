@@ -301,7 +301,8 @@ class Shadowing:
         window.requests += requests
         for code, count in codes.items():
             window.codes[code] = window.codes.get(code, 0) + count
-        fill_batch(window, requests, flight.batch.rows, len(result.failures), result.seconds / requests)
+        fill_batch(window, requests, flight.batch.rows, result.seconds / requests)
+        window.failures.add(requests, len(result.failures))
         if window.comparison is None:
             window.comparison = Comparison()
         for pairs in _pairs(flight, result):
