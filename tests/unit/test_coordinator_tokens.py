@@ -76,6 +76,8 @@ def test_a_line_says_what_it_was_written_from(
         "alice chief sha256:" + "0" * 64,
         "alice deployer sha256:" + "0" * 64 + " until=2027",
         "alice deployer sha256:" + "0" * 64 + " expires=soon",
+        "coordinator deployer sha256:" + "0" * 64,
+        "local deployer sha256:" + "0" * 64,
         "alice deployer sha256:" + "0" * 64 + " routes=",
         "alice deployer sha256:" + "0" * 64 + " routes=a,,b",
         "alice deployer sha256:" + "0" * 64 + " routes=../a",

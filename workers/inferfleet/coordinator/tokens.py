@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 PREFIX = "ifl_"
 """What every token starts with, so that a scanner for secrets finds one that got where it should not be."""
 MAX_TOKEN_FILE_BYTES = 1_000_000
+RESERVED = frozenset({"coordinator", "local"})
+"""What the audit log calls the machine itself, and whoever needs no token: nobody else goes by that name."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
 _HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
@@ -88,6 +90,10 @@ def parse_line(line: str, place: str) -> Token:
     name, role, digest, *rest = [*line.split(), "", "", ""]
     if not _NAME.fullmatch(name) or not _HASH.fullmatch(digest):
         raise ConfigError(f"{place}: a line is `name role sha256:<64 hex digits> [expires=…] [routes=a,b]`")
+    if name in RESERVED:
+        raise ConfigError(
+            f"{place}: {name} is a name of the coordinator's own in the audit log; choose another"
+        )
     try:
         found = parse_role(role)
     except ConfigError as error:
