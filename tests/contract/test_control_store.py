@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from inferfleet.control.memory import MemoryControlStore, MemoryReporter
+from inferfleet.control.pauses import Pause, encode_pause
 from inferfleet.control.reporter import RedisReporter
 from inferfleet.control.store import RedisControlStore
 from inferfleet.control_ports import ControlStore, Reporter
@@ -426,6 +427,34 @@ def redis_bench(redis_server: RedisServer) -> Iterator[Bench]:
     made = Bench("redis", Place(redis_server.url))
     yield made
     made.close()
+
+
+@pytest.mark.service
+def test_a_pause_that_comes_while_another_is_lifted_stays(
+    redis_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody resumes and pauses again between the look and the deletion: that pause is not ours to lift."""
+    store, client = redis_bench.store(), redis_bench.redis()
+    assert isinstance(store, RedisControlStore)
+    key = f"{{{redis_bench.fleet}}}:paused:digits"
+    look = store._calls.run
+
+    def looked(*words: object) -> object:
+        found = look(*words)
+        if words[0] == "GET":
+            client.set(key, encode_pause(Pause("by hand")))
+        return found
+
+    client.set(key, encode_pause(Pause("version 2: 20 in a row")))
+    monkeypatch.setattr(store._calls, "run", looked)
+    store.resume("digits", "version 2: 20 in a row")
+    monkeypatch.undo()
+
+    assert store.paused("digits") == "by hand"
+    store.resume("digits", "another reason")
+    assert store.paused("digits") == "by hand"
+    store.resume("digits", "by hand")
+    assert store.paused("digits") == ""
 
 
 @pytest.mark.service

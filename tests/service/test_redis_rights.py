@@ -186,7 +186,10 @@ def test_a_coordinator_uses_exactly_the_rights_of_its_line(server: RedisServer) 
     worker = commands(documented("fleet"))
     with server.client() as admin:
         admin.zadd(f"{{{FLEET}}}:workers:index", {"default:w-2": 1})
+        admin.set(f"{{{FLEET}}}:paused:digits", b"a brake")
     store = RedisControlStore(lambda: open_redis(where), FLEET, address=where.shown, utc_ms=lambda: 1_000)
+    store.resume("digits", store.paused("digits"))
+    assert store.paused("digits") == ""
     assert store.workers() == []
     assert len(store.windows("digits")[0]) == 1
     store.close()

@@ -142,7 +142,7 @@ return token
 )
 """KEYS: lease, counter of tokens. ARGV: holder, TTL in ms. Returns the token, nothing while another holds."""
 
-RESIGN = _script(
+REMOVE = _script(
     """
 if redis.call('GET', KEYS[1]) == ARGV[1] then
   return redis.call('DEL', KEYS[1])
@@ -150,7 +150,7 @@ end
 return 0
 """
 )
-"""KEYS: lease. ARGV: the lease as it is stored. Returns whether it stood."""
+"""KEYS: a lease or a pause. ARGV: what must stand there, as it is stored. Returns whether it stood."""
 
 REPORT = _script(
     """

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from inferfleet.control.calls import Calls
-from inferfleet.control.keys import COMMIT, LEAD, MAX_REVISIONS, RESIGN, Keys
+from inferfleet.control.keys import COMMIT, LEAD, MAX_REVISIONS, REMOVE, Keys
 from inferfleet.control.logbook import (
     HeadRecord,
     chain_entry,
@@ -243,12 +243,11 @@ class RedisControlStore:
         return "" if found is None else decode_pause(found).reason
 
     def resume(self, route: str, reason: str) -> None:
-        """Take a route's pause away, if it is for this reason.
-
-        A route that is paused keeps its reason, so between the two steps it can only have been resumed.
-        """
-        if self.paused(route) == reason:
-            self._calls.run("DEL", self._keys.paused(route))
+        """Take a route's pause away, if it is for this reason."""
+        key = self._keys.paused(route)
+        found = self._calls.run("GET", key)
+        if found is not None and decode_pause(found).reason == reason:
+            self._calls.script(REMOVE, [key], [found])
 
     # Workers
 
@@ -292,7 +291,7 @@ class RedisControlStore:
 
     def resign(self, lease: Lease) -> None:
         """Give the lease back, if it is still ours."""
-        self._calls.script(RESIGN, [self._keys.lease], [_lease(lease)])
+        self._calls.script(REMOVE, [self._keys.lease], [_lease(lease)])
 
     def leader(self) -> Lease | None:
         """Return the lease that stands; ``None`` while nobody leads."""
