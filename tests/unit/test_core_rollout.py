@@ -9,7 +9,7 @@ import pytest
 from inferfleet.core import rollout_verbs as verbs
 from inferfleet.core.rollout import advance, begin, load_refused
 from inferfleet.policies import Policy, parse_policy
-from inferfleet.rollouts import RefusedError, Rollout, replace
+from inferfleet.rollouts import Pause, RefusedError, Rollout, replace
 from inferfleet.routes import parse_routes
 from tests.support.rollouts import ROUTE, START, T0, Desk, window
 
@@ -236,6 +236,18 @@ def test_gates_ask_for_as_many_people_as_the_policy_says() -> None:
         verbs.approve(desk.rollout, "bob", desk.now_ms)
     with pytest.raises(RefusedError, match="has 0 of 2 approvals of 100 %"):
         verbs.promote(desk.rollout, "bob", "", desk.now_ms)
+
+
+def test_what_ends_at_a_barrier_after_too_many_holds_says_so() -> None:
+    """It was not the workers who were late: nobody has resumed it."""
+    desk = in_step()
+    pause = Pause(actor="", reason="3 holds in one phase, the last: stale", at_ms=desk.now_ms)
+    stuck = replace(desk.rollout, effect="barrier", paused=pause, age_s=1e6)
+
+    ended = advance(stuck, desk.evidence, desk.now_ms + 1_000).rollout
+
+    assert ended.phase == "inconclusive"
+    assert "3 holds in one phase" in ended.outcome
 
 
 def test_a_promotion_by_hand_goes_round_no_gate() -> None:

@@ -231,9 +231,11 @@ def _over(rollout: Rollout) -> str:
         return ""
     if rollout.age_s <= limit:
         return ""
-    if rollout.effect != "none":
+    if rollout.effect != "none" and rollout.paused is None:
         return f"the workers were not ready in {limit:g} s"
-    held = "; ".join(hold.reason for hold in rollout.holds)
+    held = "; ".join(hold.reason for hold in rollout.holds) or (
+        rollout.paused.reason if rollout.paused else ""
+    )
     return f"no decision in {limit:g} s" + (f" ({held})" if held else "")
 
 
