@@ -337,6 +337,25 @@ def test_a_revert_is_a_new_revision_with_the_old_content(plane: Plane) -> None:
         plane.control.plan_revert("digts")
 
 
+def test_a_revert_brings_each_key_back_where_that_moves_no_more(plane: Plane) -> None:
+    """Half to a twentieth and back: the same half again, not another one of the same size."""
+
+    def split(stable: int) -> dict[str, Any]:
+        names = (("stable", "1", stable), ("canary", "2", 100 - stable))
+        return {**V1, "variants": [{"name": n, "version": v, "weight": w} for n, v, w in names]}
+
+    def ranges() -> list[Any]:
+        return [each.ranges for each in plane.store.load().table().routes[0].variants]
+
+    apply(plane, split(50))
+    before = ranges()
+    apply(plane, split(5))
+    back = plane.control.plan_revert("digits")
+    assert back.changes[0].moved == 4_500
+    plane.control.apply(back.changes, author="eva", action="revert")
+    assert ranges() == before
+
+
 def test_a_revert_passes_over_what_an_abort_has_undone(plane: Plane) -> None:
     """What was hidden retroactively was never really in force."""
     apply(plane, V2)

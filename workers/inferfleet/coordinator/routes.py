@@ -134,7 +134,10 @@ class RouteControl:
         before = None if standing is None else standing.route
         wanted = self._earlier(log, name, standing, to)
         if before is not None:
-            wanted = planning.with_counts(before, wanted, [each.buckets for each in wanted.variants])
+            least = planning.with_counts(before, wanted, [each.buckets for each in wanted.variants])
+            # Each key goes back to what it had met, unless others would have to move for that.
+            if planning.moved(before, wanted) > planning.moved(before, least):
+                wanted = least
         return self._planned(log, (planning.change_of(log, name, wanted),), {}, workers)
 
     def _earlier(self, log: RouteLog, name: str, standing: Revision | None, to: int | None) -> Route:
