@@ -118,3 +118,7 @@ def test_the_settings_are_those_of_a_control_plane(tmp_path: Path) -> None:
     assert settings.coordinator.address == "127.0.0.1:8499"
     assert (settings.base / settings.worker.state).is_relative_to(stage.data)
     assert [(route.name, route.versions) for route in routes][1:] == [("live", {"1"})]
+
+    stage.promoted("2")
+    routes = load_routes(tmp_path / "routes.toml", FLEET).routes
+    assert [(route.name, route.versions) for route in routes][1:] == [("live", {"2"})]

@@ -155,6 +155,8 @@ class SecondAct:
         self._screen.say(
             f"version {version} ({kind}): {view['phase']} after {seconds:.1f} s: {view['outcome']}"
         )
+        if view["phase"] == "done" and kind != "shadow":
+            self._stage.promoted(version)
         return Ending(title, view["phase"], view["outcome"], seconds)
 
     def _follow(self, rollout: str) -> Any:

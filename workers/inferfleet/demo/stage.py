@@ -85,6 +85,10 @@ _LIVE = """\
 model = "digits"
 version = "1"   # the demo's second act rolls others out
 """
+_PROMOTED = """\
+model = "digits"
+version = "{version}"   # what the demo's second act has promoted
+"""
 ANSWERS = {"digits": _DIGITS, "files": _FILES, sentences.ROUTE: _SENTENCES, live.ROUTE: _LIVE}
 """Which model versions answer each route."""
 
@@ -158,6 +162,12 @@ class Stage:
         """Put ``routes.toml`` into the control plane."""
         file = str(self.folder / "routes.toml")
         said_by("--config", str(self.fleet_toml), "route", "apply", file, "--reason", "the demo begins")
+
+    def promoted(self, version: str) -> None:
+        """Write what a rollout has promoted into ``routes.toml``: the next ``apply`` would take it back."""
+        file = self.folder / "routes.toml"
+        text = file.read_text(encoding="utf-8").replace(_LIVE, _PROMOTED.format(version=version))
+        file.write_text(text, encoding="utf-8")
 
     def add_digits(self, layers: dict[str, list[digits.Layer]]) -> None:
         """Put both versions of the digits classifier into the repository."""
