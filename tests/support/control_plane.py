@@ -51,6 +51,7 @@ class FakeWorker:
         self.refuses: dict[str, str] = {}
         self.loads = True
         self.draining = False
+        self.lag: dict[str, int] = {}
         self.stale = ""
         self.at_ms = 0
         self.head = Head()
@@ -83,6 +84,7 @@ class FakeWorker:
                 ready=sorted(self._ready),
                 refused=dict(self._refused),
                 draining=self.draining,
+                lag=dict(self.lag),
                 stale=self.stale,
                 at_ms=self.at_ms,
             ),

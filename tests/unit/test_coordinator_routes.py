@@ -153,6 +153,21 @@ def test_a_pool_without_workers_changes_at_once(plane: Plane) -> None:
     assert (done.revision.effective_from_ms, done.workers) == (now, 0)
 
 
+@pytest.mark.parametrize("key", [{"source": "kafka:other"}, {"pool": "other"}])
+def test_a_route_leaves_no_request_behind_at_its_old_source(plane: Plane, key: dict[str, str]) -> None:
+    """Its workers would stop taking there, so it runs empty first; whoever deletes it was asked."""
+    plane.workers[0].lag = {"digits": 3}
+    plane.step()
+    with pytest.raises(ConflictError, match="would leave kafka:in.*3 requests wait"):
+        plane.control.plan(tree({**V1, **key}), "x", prune=False)
+    assert plane.control.plan(tree(V2), "x", prune=False).changes[0].changes
+    assert plane.control.plan(tree(), "x", prune=True).changes[0].after is None
+
+    plane.workers[0].lag = {}
+    plane.step()
+    assert plane.control.plan(tree({**V1, **key}), "x", prune=False).changes[0].changes
+
+
 def test_a_plan_is_bound_to_what_it_was_computed_on(plane: Plane) -> None:
     """Somebody else's change in between is a conflict, and nothing is written."""
     plan = plane.control.plan(tree(V2), "x")

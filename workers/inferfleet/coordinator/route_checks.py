@@ -11,7 +11,7 @@ from inferfleet.catalogue import Catalogue, VersionFacts
 from inferfleet.coordinator.evidence import is_evidence
 from inferfleet.core.planning import RouteChange
 from inferfleet.errors import ConfigError, ConflictError
-from inferfleet.plane import Stored, version_name
+from inferfleet.plane import Stored, WorkerReport, version_name
 from inferfleet.revisions import RouteLog
 from inferfleet.rollouts import ENDED
 from inferfleet.routes import Destination, Route
@@ -124,6 +124,28 @@ def check_rollouts(changes: Iterable[RouteChange], documents: Mapping[str, Store
             raise ConflictError(
                 f"route {found.route} is in rollout {name} ({found.phase}); "
                 f"`inferfleet rollout abort {name}` ends it"
+            )
+
+
+def check_moves(changes: Iterable[RouteChange], workers: Iterable[WorkerReport]) -> None:
+    """Raise ConflictError for a route that leaves its source or pool while requests wait for it there.
+
+    Its workers stop taking from there at the change, and nobody would answer them. Who takes a route away
+    has been asked whether it may go.
+    """
+    lag: dict[tuple[str, str], int] = {}
+    for worker in workers:
+        for name, count in worker.lag.items():
+            lag[worker.pool, name] = lag.get((worker.pool, name), 0) + count
+    for each in changes:
+        if not each.changes or each.before is None or each.after is None:
+            continue
+        waiting = lag.get((each.before.pool, each.name), 0)
+        moves = (each.after.source, each.after.pool) != (each.before.source, each.before.pool)
+        if moves and waiting:
+            raise ConflictError(
+                f'route "{each.name}" would leave {each.before.source} in pool "{each.before.pool}", where '
+                f"{waiting} requests wait that nobody would answer; let it run empty first"
             )
 
 

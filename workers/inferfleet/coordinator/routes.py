@@ -28,6 +28,7 @@ from inferfleet.coordinator.announcing import (
     withdrawal,
 )
 from inferfleet.coordinator.route_checks import (
+    check_moves,
     check_rollouts,
     check_served,
     check_together,
@@ -192,6 +193,7 @@ class RouteControl:
     ) -> Plan:
         check_rollouts(changes, self._store.documents())
         check_together(standing_after(log, changes))
+        check_moves(changes, workers)
         self._digests(changes)
         return Plan(changes, latest, idle_pools(changes, workers))
 
