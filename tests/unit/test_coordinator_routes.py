@@ -158,7 +158,7 @@ def test_a_route_leaves_no_request_behind_at_its_old_source(plane: Plane, key: d
     """Its workers would stop taking there, so it runs empty first; whoever deletes it was asked."""
     plane.workers[0].lag = {"digits": 3}
     plane.step()
-    with pytest.raises(ConflictError, match="would leave kafka:in.*3 requests wait"):
+    with pytest.raises(ConflictError, match=r"would leave kafka:in.*3 requests wait"):
         plane.control.plan(tree({**V1, **key}), "x", prune=False)
     assert plane.control.plan(tree(V2), "x", prune=False).changes[0].changes
     assert plane.control.plan(tree(), "x", prune=True).changes[0].after is None
