@@ -495,6 +495,24 @@ def test_keys_count_once_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {bad for each in seen for _, bad in each.key_groups.values()} == {0}
 
 
+def test_keys_count_when_they_are_taken_and_not_when_they_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batches are of one version each: half-way through a burst one arm would look larger than its share."""
+    bench = Shaded(monkeypatch, NEXT._replace(sample=0.0001), variants=VARIANTS)
+    keys: list[bytes | None] = [b"k%d" % i for i in range(200)]
+    bench.take(chunk([GOOD] * 200, keys=keys))
+    bench.close()
+    early = list(bench.told.windows)
+    assert sum(each.first_seen for each in early) == 200
+    assert sum(each.requests for each in early) == 0
+    while bench.flying:
+        bench.finish()
+    bench.close()
+    assert sum(each.first_seen for each in bench.told.windows) == 200
+    assert sum(each.requests for each in bench.told.windows if each.role == "primary") == 200
+
+
 def test_late_records_of_old_revisions_make_no_new_keys_of_the_newest() -> None:
     """Else what is split as planned looks as if it were not: the same keys count again and again."""
     told = Told()
@@ -507,6 +525,8 @@ def test_late_records_of_old_revisions_make_no_new_keys_of_the_newest() -> None:
             served = plan.variants[0].served._replace(revision=revision)
             parts = [Requests(of, [row], [f"r{row}"], tensors, served=served) for row in range(20)]
             batch = Batch(plan.variants[0].lane(parts[0]), parts, 20)
+            for part in parts:
+                observing.came(plan, part)
             observing.batch(BatchResult(batch), (), lambda _part: (plan, plan.variants[0]))
     observing.close()
     assert {each.revision: each.first_seen for each in told.windows if each.revision > 6} == {

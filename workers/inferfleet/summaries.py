@@ -174,17 +174,17 @@ class Comparison(msgspec.Struct):
 class Window(msgspec.Struct, kw_only=True):
     """One worker's counts for one variant or shadow of a route, from ``start_ms`` to ``end_ms`` (epoch ms).
 
-    ``role`` is ``primary`` or ``shadow``. ``first_seen`` counts keys that this worker met for the first time
-    under the revision, for the sample-ratio check; ``first_seen_full`` says that it has met more keys than it
-    can tell apart, and counts no more of them in any arm. ``failures`` are first attempts that failed by the
-    model's or our fault, by batch; ``codes`` counts every outcome. ``compute`` holds seconds of model time
-    for each request, ``latency`` seconds from the request's timestamp to its confirmed outcome. Shadows add
-    ``seen`` (requests wished for), ``shed`` (dropped, for the primary goes first), ``comparison`` and
-    ``secondary`` (the primary against its own repetition); detached ones ``unmatched`` (no outcome of the
-    primary was found in time) and ``primary_errors`` (it was an error). ``crash`` says that the worker's
-    last life ended without being asked to; ``fallbacks`` counts records answered by the stable version
-    because theirs was gone. ``bad_ms`` is the time of the first and last failed outcome. ``key_groups``
-    holds, where a route has several variants, for each group of keys
+    ``role`` is ``primary`` or ``shadow``. ``first_seen`` counts keys that this worker took for the first time
+    under the revision, answered or not yet, for the sample-ratio check; ``first_seen_full`` says that it has
+    met more keys than it can tell apart, and counts no more of them in any arm. ``failures`` are first
+    attempts that failed by the model's or our fault, by batch; ``codes`` counts every outcome. ``compute``
+    holds seconds of model time for each request, ``latency`` seconds from the request's timestamp to its
+    confirmed outcome. Shadows add ``seen`` (requests wished for), ``shed`` (dropped, for the primary goes
+    first), ``comparison`` and ``secondary`` (the primary against its own repetition); detached ones
+    ``unmatched`` (no outcome of the primary was found in time) and ``primary_errors`` (it was an error).
+    ``crash`` says that the worker's last life ended without being asked to; ``fallbacks`` counts records
+    answered by the stable version because theirs was gone. ``bad_ms`` is the time of the first and last
+    failed outcome. ``key_groups`` holds, where a route has several variants, for each group of keys
     (:func:`inferfleet.core.routing.key_group`) its first attempts and the ``failures`` among them.
     """
 

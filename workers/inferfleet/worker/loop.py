@@ -87,7 +87,9 @@ class WorkerLoop:
         self.ledger = Ledger()
         self.batcher = Batcher()
         self.admission = Admission((), options.max_rows, options.max_bytes)
-        self._reading = Reading(self.ledger, self.batcher, self.admission, delivery, metrics, clock)
+        self._reading = Reading(
+            self.ledger, self.batcher, self.admission, delivery, metrics, clock, self._came
+        )
         self._gauges = Gauges(self.ledger, self.batcher, self.admission, metrics)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
         self.shadowing = Shadowing(self.engines, careful, metrics, clock)
@@ -207,6 +209,10 @@ class WorkerLoop:
                 item = self._news.get_nowait()
         except Empty:
             return
+
+    def _came(self, plan: RoutePlan, piece: Requests) -> None:
+        if self.observing is not None:
+            self.observing.came(plan, piece)
 
     def _finished(self, result: BatchResult) -> None:
         lane = result.batch.lane

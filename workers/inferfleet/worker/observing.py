@@ -120,6 +120,22 @@ class Observing:
             )
         return found
 
+    def came(self, plan: RoutePlan, piece: Requests) -> None:
+        """Requests were steered to a variant: their keys count now.
+
+        Not when they are answered: a version whose batches come later, or take longer, would look as if fewer
+        keys were its own.
+        """
+        if piece.served is None or piece.chunk.origins is not None or len(plan.variants) == 1:
+            return
+        seen = self._seen(piece.served)
+        if seen is None:
+            return
+        window = self.window(piece.served)
+        if not seen.full:
+            window.first_seen += seen.met(piece.served, _digests(plan.keys(piece)).tolist())
+        window.first_seen_full = seen.full
+
     def batch(self, result: BatchResult, failures: Sequence[RowFailure], whose: _WHO) -> None:
         """A batch has ended; ``failures`` are its requests that failed, unfit answers included."""
         parts = result.batch.parts
@@ -139,7 +155,7 @@ class Observing:
             if first and len(plan.variants) > 1:  # together: a part may be a single request
                 met.setdefault(part.served, []).extend(plan.keys(part))
         for arm, keys in met.items():
-            self._meet(arm, keys)
+            self._groups_of(arm)[0] += np.bincount(_groups(keys), minlength=KEY_GROUPS)
         bad: dict[Served, int] = {}
         for failure in failures:
             served = failure.part.served
@@ -154,17 +170,6 @@ class Observing:
             fill_batch(window, requests, rows, result.seconds / total)
             if firsts:
                 window.failures.add(firsts, bad.get(served, 0))
-
-    def _meet(self, served: Served, keys: Sequence[bytes]) -> None:
-        digests = _digests(keys)
-        window = self.window(served)
-        seen = self._seen(served)
-        if seen is not None:
-            if not seen.full:
-                window.first_seen += seen.met(served, digests.tolist())
-            window.first_seen_full = seen.full
-        groups = (digests % np.uint64(KEY_GROUPS)).astype(np.intp)
-        self._groups_of(served)[0] += np.bincount(groups, minlength=KEY_GROUPS)
 
     def _seen(self, served: Served) -> FirstSeen | None:
         """Return the keys of a revision; ``None`` for one that is older than those that are kept.
@@ -254,6 +259,10 @@ def shadow_place(plan: RoutePlan, served: Served | None) -> tuple[Served, str]:
 def _digests(keys: Sequence[bytes]) -> Array:
     """Return the unsalted xxh3 of each key, unsigned 64 bits."""
     return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8").astype(np.uint64)
+
+
+def _groups(keys: Sequence[bytes]) -> Array:
+    return (_digests(keys) % np.uint64(KEY_GROUPS)).astype(np.intp)
 
 
 def fill_batch(window: Window, requests: int, rows: int, each_s: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from inferfleet.core.admission import Admission
@@ -31,7 +31,7 @@ class _Charge(NamedTuple):
 
 
 class Reading:
-    """Takes chunks apart; owned by the worker loop's thread."""
+    """Takes chunks apart; owned by the worker loop's thread. ``steered`` hears of what each variant gets."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Reading:
         delivery: Delivery,
         metrics: PrometheusMetrics,
         clock: Clock,
+        steered: Callable[[RoutePlan, Requests], None] = lambda _plan, _piece: None,
     ) -> None:
         self._ledger = ledger
         self._batcher = batcher
@@ -48,6 +49,7 @@ class Reading:
         self._delivery = delivery
         self._metrics = metrics
         self._clock = clock
+        self._steered = steered
         self.recent = Recent()
         self._charged: dict[Chunk, _Charge] = {}
         self._nobodys: dict[Chunk, list[int]] = {}
@@ -99,6 +101,7 @@ class Reading:
 
     def _steer(self, plan: RoutePlan, part: Requests, since: float) -> None:
         for variant, piece in plan.steer(part):
+            self._steered(plan, piece)
             self._batcher.add(variant.lane(piece), piece, since)
 
     def again(self, schedule: Schedule | None, parts: Collection[Requests]) -> None:
