@@ -85,7 +85,9 @@ def verify(session: Session, file: Path | None, last_hash: str | None, as_json: 
     elif fault is None and not chain.entries:
         click.echo("the audit log is empty")
     elif fault is None:
-        click.echo(f"ok: {chain.entries} entries, {chain.first} to {chain.last}; the last hash is {chain.hash}")
+        click.echo(
+            f"ok: {chain.entries} entries, {chain.first} to {chain.last}; the last hash is {chain.hash}"
+        )
     if fault is not None:
         raise ControlError(f"audit log{f' {file}' if file else ''}: {fault}")
 
