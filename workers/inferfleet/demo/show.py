@@ -91,7 +91,7 @@ class Show:
         successor = start_worker(self._processes, self._stage, f"worker-{len(self._workers) + 2}")
         self._workers.append(successor)
         self._screen.say(
-            f"[bold]{victim.name} killed with SIGKILL[/bold] after {answered} answers, with {waiting} "
+            f"[bold]{victim.name} killed with SIGKILL[/bold] after {answered} answers of all, with {waiting} "
             f"requests under way; {successor.name} starts in its place"
         )
         return Killing(victim.name, successor.name, answered, waiting)
