@@ -110,8 +110,8 @@ def _sums(findings: Findings, broker: Broker) -> list[tuple[str, str]]:
         ("errors, wrong answers", f"{len(tally.errors)}, {len(tally.wrong)}"),
         (
             "killed",
-            f"{killing.victim} by SIGKILL after {killing.answered} answers of all, with {killing.waiting} requests "
-            f"under way; {killing.successor} took its place; {broker.takeover(killing.victim)}",
+            f"{killing.victim} by SIGKILL after {killing.answered} answers of all, with {killing.waiting} "
+            f"requests under way; {killing.successor} took its place; {broker.takeover(killing.victim)}",
         ),
         ("slowest answer", f"{tally.slowest_s:.1f} s"),
         ("throughput", _throughput(findings)),
