@@ -125,7 +125,7 @@ def test_a_full_redis_is_waited_for(server: RedisServer, writer: Writer) -> None
         client.config_set("maxmemory", int(client.info("memory")["used_memory"]) + 200_000)
         writer.publish(1000, body_bytes=1000)
         writer.wait_away()
-        wait_until(lambda: writer.outlet._tries >= 3, 10, "the outlet tried more than once")
+        wait_until(lambda: writer.outlet._tries >= 3, 40, "the outlet tried more than once")
         assert not writer.done
         client.config_set("maxmemory", 0)
         writer.wait_done("every row is confirmed once there is room")

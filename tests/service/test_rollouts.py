@@ -163,8 +163,11 @@ def test_a_good_version_is_promoted_although_its_coordinators_die_and_stay_away(
         first.kill()
 
         load.wait_sent(int(4 * RATE))
-        alone = scene.run("rollout", "status", rollout)
-        assert "no coordinator leads" in alone
+        wait_until(
+            lambda: "no coordinator leads" in scene.run("rollout", "status", rollout),
+            PATIENCE_S,
+            "the lease has run out",
+        )
         assert scene.rollouts.get(rollout).step == stood.step
         assert all(each.ready for each in workers)
 

@@ -16,7 +16,7 @@ from inferfleet.routes import route_of
 from inferfleet.summaries import Comparison, Window
 from inferfleet.wire.stored import result_key
 from tests.support.control import change
-from tests.support.fleet import Fleet, WorkerProcess
+from tests.support.fleet import Fleet
 from tests.support.fleet_traffic import Reader, Sender, now_ms, row_of, v2_body
 from tests.support.rabbitmq_fleet import Queues, rows
 from tests.support.redis_server import RedisServer
@@ -59,6 +59,7 @@ class Stand:
         self.sender = Sender(kafka.client_config())
         self.reader = Reader(kafka.client_config(), fleet.results("sums"))
         self.sent: list[str] = []
+        self.ready_ms = 0
         self._place = ""
         self._windows: list[Window] = []
 
@@ -127,11 +128,13 @@ def stand(kafka: KafkaServer, tmp_path: Path) -> Iterator[Stand]:
         made.close()
 
 
-def _has_shadows(worker: WorkerProcess, versions: int) -> bool:
-    """Return whether so many versions are loaded, and the routes were taken over since."""
-    names = [each["event"] for each in worker.events()]
-    ready = [at for at, name in enumerate(names) if name == "model_ready"]
-    return len(ready) == versions and "routes_adopted" in names[ready[-1] :]
+def _has_shadows(stand: Stand, versions: int) -> bool:
+    """Return whether so many versions are loaded, and the routes were looked at since, as each second."""
+    for report in stand.store.workers():
+        if len(report.ready) == versions:
+            stand.ready_ms = stand.ready_ms or report.at_ms
+            return report.at_ms >= stand.ready_ms + 2_000
+    return False
 
 
 def test_shadows_in_a_worker_are_compared_and_not_seen(stand: Stand) -> None:
@@ -143,7 +146,7 @@ def test_shadows_in_a_worker_are_compared_and_not_seen(stand: Stand) -> None:
     ]
     stand.apply("sums")
     worker = stand.fleet.worker("w-1", **FOLLOW)
-    wait_until(lambda: _has_shadows(worker, 4), PATIENCE_S, "every version is loaded and taken over")
+    wait_until(lambda: _has_shadows(stand, 4), PATIENCE_S, "every version is loaded and taken over")
     for _ in range(10):
         stand.send(40)
         stand.reader.wait_ids(stand.sent)

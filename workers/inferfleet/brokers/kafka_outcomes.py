@@ -13,7 +13,7 @@ from queue import Empty, Full, Queue
 from typing import Any
 
 import structlog
-from confluent_kafka import OFFSET_END, Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from inferfleet.brokers.kafka_problems import Problems, silent_logger
 from inferfleet.ports import Heard
@@ -96,13 +96,21 @@ class KafkaOutcomes:
             return False
         fresh = sorted(set(known.partitions) - set(assigned))
         if fresh:
-            first = OFFSET_END if not assigned else 0
-            parts = [TopicPartition(self._topic, number, first) for number in fresh]
-            parts += [TopicPartition(self._topic, number, offset) for number, offset in assigned.items()]
+            try:
+                starts = {number: 0 if assigned else self._end(consumer, number) for number in fresh}
+            except KafkaException as error:
+                self._problems.tell(error.args[0])
+                return False
+            parts = [TopicPartition(self._topic, *each) for each in (*starts.items(), *assigned.items())]
             consumer.assign(parts)
-            assigned.update(dict.fromkeys(fresh, first))
+            assigned.update(starts)
             log.info("outcomes_followed", topic=self._topic, partitions=len(assigned))
         return bool(assigned)
+
+    def _end(self, consumer: Consumer, number: int) -> int:
+        """Return where a partition ends now: left to the client, that is found out at some later moment."""
+        _, end = consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ASK_S)
+        return int(end)
 
     def _read(self, consumer: Consumer, assigned: dict[int, int]) -> None:
         try:
