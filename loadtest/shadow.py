@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from inferfleet.models.repository import Repository
 from inferfleet.testing import checksum_handler
@@ -83,7 +84,8 @@ class Plan:
 
 def compare(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Any]:
     """Run without and with the shadow in turn; return medians, coverage and ``shortfalls``, if any."""
-    with on_cores(on.cores.subject):
+    # One thread, as in the worker: others of the library would run on other cores.
+    with on_cores(on.cores.subject), threadpool_limits(1):
         row_s, rounds = _calibrate()
     rate = plan.load / row_s
     tell(f"a row takes {row_s * 1e3:.2f} ms alone; {rate:.0f} requests/s are {plan.load:.0%} of that")
