@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -114,12 +113,11 @@ def _roll(
     wait_until(lambda: view()["percent"] == PERCENT or view()["ended"], PATIENCE_S, "the step", every_s=0.2)
     if view()["ended"]:
         raise RuntimeError(f"the rollout ended before its step: {view()['outcome']}")
-    in_force = scene.json("route", "show", "sums")["in_force"]
     wait_until(
-        lambda: time.time() * 1000 > in_force["effective_from_ms"],
-        30.0,
-        "the revision is in force",
-        every_s=0.1,
+        lambda: len(scene.json("route", "show", "sums")["in_force"]["route"]["variants"]) > 1,
+        PATIENCE_S,
+        "the new version's revision is in force",
+        every_s=0.5,
     )
     tell(f"version 3 has {PERCENT} % of the keys; {count:,} requests are written at once")
     client = kafka.client_config()
