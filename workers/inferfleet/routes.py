@@ -135,6 +135,12 @@ class _RouteTable(msgspec.Struct, kw_only=True):
     max_queue_delay_ms: Milliseconds | None = None
 
 
+def refuse_unsupported(route: Route, where: str = "") -> None:
+    """Raise ConfigError for what a route may say and no release does yet; ``where`` begins the message."""
+    if route.order != "none":
+        raise ConfigError(f'{where}route "{route.name}": order = "{route.order}" does not exist yet')
+
+
 def load_routes(path: Path, fleet: str) -> RouteTable:
     """Return the routes of a file; anything wrong raises ConfigError with file, route and key."""
     return parse_routes(tables.read_text(path, "routes file"), fleet, str(path))

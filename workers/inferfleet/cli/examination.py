@@ -20,7 +20,7 @@ from inferfleet.cli.topology import (
 from inferfleet.config import Config, check_supported
 from inferfleet.errors import BrokerError, ConfigError, InferfleetError
 from inferfleet.naming import retry_group
-from inferfleet.routes import Route
+from inferfleet.routes import Route, refuse_unsupported
 
 if TYPE_CHECKING:
     from inferfleet.cli.kafka import Cluster, TopicFacts
@@ -81,8 +81,7 @@ def _pool_routes(session: Session) -> tuple[Route, ...]:
             f'{where}: no route is in pool "{pool}"; pools with routes: {", ".join(pools) or "none"}'
         )
     for route in routes:
-        if route.order != "none":
-            raise ConfigError(f'{where}: route "{route.name}": order = "{route.order}" does not exist yet')
+        refuse_unsupported(route, f"{where}: ")
     return routes
 
 

@@ -14,7 +14,7 @@ from inferfleet.control_ports import RouteFeed
 from inferfleet.errors import ConfigError
 from inferfleet.ports import Clock
 from inferfleet.revisions import RouteLog
-from inferfleet.routes import Route, RouteTable, load_routes
+from inferfleet.routes import Route, RouteTable, load_routes, refuse_unsupported
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +77,5 @@ def _read(config: Config) -> RouteTable:
     if not table.of_pool(config.worker.pool):
         raise ConfigError(f"{path}: no route belongs to pool {config.worker.pool!r}")
     for route in table.of_pool(config.worker.pool):
-        if route.order != "none":
-            raise ConfigError(f'{path}: route {route.name}: order = "{route.order}" does not exist yet')
+        refuse_unsupported(route, f"{path}: ")
     return table

@@ -14,7 +14,7 @@ from inferfleet.errors import ConfigError, ConflictError
 from inferfleet.plane import Stored, WorkerReport, version_name
 from inferfleet.revisions import RouteLog
 from inferfleet.rollouts import ENDED
-from inferfleet.routes import Destination, Route
+from inferfleet.routes import Destination, Route, refuse_unsupported
 
 if TYPE_CHECKING:
     from inferfleet.records import Signature
@@ -154,8 +154,7 @@ def check_served(route: Route, catalogue: Catalogue) -> dict[str, str]:
 
     Raises ModelRepositoryError for a version that does not, ConfigError for variants whose signatures differ.
     """
-    if route.order != "none":
-        raise ConfigError(f'route "{route.name}": order = "{route.order}" does not exist yet')
+    refuse_unsupported(route)
     digests: dict[str, str] = {}
     first: tuple[str, Signature] | None = None
     for version in sorted(route.versions, key=int):
