@@ -201,7 +201,9 @@ def control_plane(obj: Place, /, output: Path | None, **plan: Any) -> None:
 @main.command()
 @click.option("--runs", type=click.IntRange(1), default=3, help="Runs without and with the shadow, in turn.")
 @click.option("--seconds", type=click.FloatRange(5), default=30.0, help="How long requests flow in each.")
-@click.option("--load", type=click.FloatRange(0.05, 0.9), default=0.5, help="Share of what the model can do.")
+@click.option(
+    "--load", type=click.FloatRange(0.05, 0.9), default=0.5, help="How busy the primary's model is."
+)
 @click.option("--goal-ms", type=click.FloatRange(10), default=200.0, help="The route's latency goal.")
 @_output
 @click.pass_obj

@@ -8,16 +8,16 @@ The policy is the default one without its shadow stage, which would not have let
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tests.support.coordinators import ControlPlane, Coordinator
-from tests.support.fleet import Fleet
+from inferfleet.coordinator.messages import RolloutView
+from inferfleet.core.revisions import in_force
 from tests.support.fleet_traffic import RAW_HEADERS, Outcome, Reader, Sender, raw_body, row_of
+from tests.support.rollout_scene import USUAL, Scene, rollout_scene
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
 
@@ -26,12 +26,7 @@ WORKERS = 2
 BATCH = 64
 PERCENT = 5
 PATIENCE_S = 300.0
-SETTINGS = {
-    "INFERFLEET__ROUTES__SOURCE": "fleet",
-    "INFERFLEET__COORDINATOR__ADDRESS": "127.0.0.1:0",
-    "INFERFLEET__COORDINATOR__ADMIN_ADDRESS": "127.0.0.1:0",
-    "INFERFLEET__BATCHING__MAX_BATCH_SIZE": str(BATCH),
-}
+SETTINGS = {**USUAL, "INFERFLEET__BATCHING__MAX_BATCH_SIZE": str(BATCH)}
 POLICY = f"""\
 kind = "canary"
 [shadow]
@@ -41,26 +36,6 @@ percent = {PERCENT}
 dwell_s = 900
 minimum = 2000
 """
-_BROKEN = """if float(tensors["x"].max()) > 10:
-            raise ValueError("this version is broken on purpose")"""
-"""Only on what users send: it passes the check of a model that has just been loaded."""
-
-
-class _Scene:
-    """A fleet on real servers that follows the control plane; what coordinators' processes ask of it."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-        self.folder = fleet.folder
-        self.config = fleet.config
-
-    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment of a coordinator."""
-        return {**os.environ, **SETTINGS, **more}
-
-    def json(self, *arguments: str) -> Any:
-        """Return what a verb prints."""
-        return json.loads(self.fleet.run(*arguments, "--json", env=SETTINGS).stdout)
 
 
 def measure(
@@ -79,46 +54,34 @@ def measure(
             folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="inferfleet-loadtest-")))
         kafka = leaving.enter_context(KafkaServer(folder / "kafka"))
         redis = leaving.enter_context(RedisServer(folder / "redis"))
-        fleet = leaving.enter_context(Fleet(folder / "fleet", kafka, redis))
-        delay_ms = BATCH * WORKERS * 1000 / per_s
-        fleet.checksum(version="1", delay_ms=delay_ms)
-        handler = next((fleet.folder / "models" / "sums" / "1").glob("*.py")).read_text()
-        handler = handler.replace('int(parameters["version"])', "3")
-        handler = handler.replace("sums = checksums(tensors", f"{_BROKEN}\n        sums = checksums(tensors")
-        fleet.handler(handler, version="3")
-        fleet.route(redis=False, partitions=PARTITIONS)
-        fleet.prepare()
-        scene = _Scene(fleet)
-        fleet.run("route", "apply", str(fleet.routes_file), env=SETTINGS)
-        workers = [fleet.launch(f"w-{number + 1}", env=SETTINGS) for number in range(WORKERS)]
-        for worker in workers:
-            worker.wait_ready()
-        coordinator = Coordinator("coordinator", cast(ControlPlane, scene), {}).launch()
-        leaving.callback(coordinator.kill)
-        coordinator.up()
-        return _roll(scene, coordinator, kafka, count, tell)
+        scene = leaving.enter_context(
+            rollout_scene(
+                folder / "fleet",
+                kafka,
+                redis,
+                partitions=PARTITIONS,
+                stored=False,
+                delay_ms=BATCH * WORKERS * 1000 / per_s,
+                settings=SETTINGS,
+            )
+        )
+        scene.workers(*(f"w-{number + 1}" for number in range(WORKERS)))
+        scene.coordinator("coordinator")
+        return _roll(scene, kafka, count, tell)
 
 
-def _roll(
-    scene: _Scene, coordinator: Coordinator, kafka: KafkaServer, count: int, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    policy = scene.folder / "policy.toml"
-    policy.write_text(POLICY)
-    started = scene.json("rollout", "start", "sums", "--to", "3", "--policy", str(policy))
-    path = f"/v1/rollouts/{started['id']}"
+def _roll(scene: Scene, kafka: KafkaServer, count: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    rollout = scene.json("rollout", "start", "sums", "--to", "3", "--policy", scene.policy(POLICY))["id"]
 
-    def view() -> dict[str, Any]:
-        return cast(dict[str, Any], coordinator.ask("GET", path).body)
+    def met() -> bool:
+        """Whether the new version's revision is in force, and not only announced."""
+        view = scene.rollouts.get(rollout)
+        if view.ended:
+            raise RuntimeError(f"the rollout ended before its step: {view.outcome}")
+        found = in_force(scene.store.load().kept["sums"], int(time.time() * 1000))
+        return found is not None and found.route is not None and len(found.route.variants) > 1
 
-    wait_until(lambda: view()["percent"] == PERCENT or view()["ended"], PATIENCE_S, "the step", every_s=0.2)
-    if view()["ended"]:
-        raise RuntimeError(f"the rollout ended before its step: {view()['outcome']}")
-    wait_until(
-        lambda: len(scene.json("route", "show", "sums")["in_force"]["route"]["variants"]) > 1,
-        PATIENCE_S,
-        "the new version's revision is in force",
-        every_s=0.5,
-    )
+    wait_until(met, PATIENCE_S, "the new version's revision is in force", every_s=0.1)
     tell(f"version 3 has {PERCENT} % of the keys; {count:,} requests are written at once")
     client = kafka.client_config()
     sender = Sender(client)
@@ -135,10 +98,10 @@ def _roll(
             )
         sender.flush()
         answers.wait_ids(ids, PATIENCE_S)
-        return _figures(answers.outcomes, view(), count)
+        return _figures(answers.outcomes, scene.rollouts.get(rollout), count)
 
 
-def _figures(outcomes: list[Outcome], view: Mapping[str, Any], count: int) -> dict[str, Any]:
+def _figures(outcomes: list[Outcome], view: RolloutView, count: int) -> dict[str, Any]:
     bad = sorted(each.timestamp_ms for each in outcomes if each.served.get("version") == "3")
     stamps = sorted(each.timestamp_ms for each in outcomes)
     return {
@@ -148,6 +111,6 @@ def _figures(outcomes: list[Outcome], view: Mapping[str, Any], count: int) -> di
         "its_share_would_have_been": count * PERCENT // 100,
         "seconds_from_its_first_to_its_last_answer": (bad[-1] - bad[0]) / 1000 if bad else 0.0,
         "seconds_for_all": (stamps[-1] - stamps[0]) / 1000,
-        "phase": view["phase"],
-        "outcome": view["outcome"],
+        "phase": view.phase,
+        "outcome": view.outcome,
     }

@@ -33,6 +33,7 @@ from loadtest.subjects import on_cores
 from loadtest.traffic import Collector, Generator, is_right
 from loadtest.workloads import Fleet, write_fleet
 from tests.support.servers import RedisServer
+from tests.support.waiting import wait_until
 
 COVERAGE = 0.3
 """The least share of requests that the shadow is to have seen."""
@@ -68,7 +69,10 @@ rounds = {rounds}
 
 @dataclass(frozen=True)
 class Plan:
-    """``runs`` of each kind, ``seconds`` each after ``warmup``; ``load`` is of what the model does alone."""
+    """``runs`` of each kind, ``seconds`` each after ``warmup``.
+
+    ``load`` is the share of the time in which the primary's model is busy without a shadow.
+    """
 
     runs: int = 3
     seconds: float = 30.0
@@ -82,15 +86,23 @@ class Plan:
         return self.goal_ms / 10
 
 
+_PROBE = Plan(seconds=8.0, warmup=2.0)
+
+
 def compare(on: Stage, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Any]:
     """Run without and with the shadow in turn; return medians, coverage and ``shortfalls``, if any."""
     # One thread, as in the worker: others of the library would run on other cores.
     with on_cores(on.cores.subject), threadpool_limits(1):
         row_s, rounds = _calibrate()
-    rate = plan.load / row_s
-    tell(f"a row takes {row_s * 1e3:.2f} ms alone; {rate:.0f} requests/s are {plan.load:.0%} of that")
     seen: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     with RedisServer(on.folder / "redis") as redis:
+        # What a row costs in a worker, whose other threads share the core, is more than what it costs alone.
+        low = plan.load / row_s / 4
+        probe = _measure(on, _PROBE, low, rounds, redis.url, shadow=False, seed=0)
+        rate = low * plan.load / probe["busy"]
+        tell(
+            f"at {low:.0f} requests/s the model is busy {probe['busy']:.0%}; {rate:.0f}/s are {plan.load:.0%}"
+        )
         for number in range(plan.runs):
             for kind, found in seen.items():
                 one = _measure(on, plan, rate, rounds, redis.url, shadow=kind == "with", seed=number)
@@ -181,14 +193,15 @@ def _measure(
                 workers.start()
             workers.wait_members(cluster.admin, 1)
             admin = _admin(workers)
-            _wait(lambda: _sum(admin, "model_ready") == 1 + shadow, "the versions are loaded")
-            time.sleep(1.5)  # the shadow is taken over at the next review
+            wait_until(
+                lambda: _sum(admin, "model_ready") == 1 + shadow, _ANSWERED_S, "the versions are loaded"
+            )
             busy, began, machine = _sum(admin, "batch_seconds_sum", role="primary"), time.monotonic(), _cpu()
             generator.start()
-            _wait(lambda: not generator.running, "all is sent", plan.warmup + plan.seconds + _ANSWERED_S)
+            wait_until(lambda: not generator.running, plan.warmup + plan.seconds + _ANSWERED_S, "all is sent")
             spent = time.monotonic() - began
             busy = _sum(admin, "batch_seconds_sum", role="primary") - busy
-            _wait(lambda: len(collector.numbers) >= generator.sent, "all is answered")
+            wait_until(lambda: len(collector.numbers) >= generator.sent, _ANSWERED_S, "all is answered")
             found = _figures(plan, generator, collector, admin)
             workers.finish()
         return found | {"busy": busy / spent, "machine": (_cpu() - machine) / spent}
@@ -233,16 +246,8 @@ def _admin(workers: Squad) -> str:
         found.extend(str(json.loads(line)["admin"]) for line in lines)
         return bool(found)
 
-    _wait(told, "the worker tells its address")
+    wait_until(told, _ANSWERED_S, "the worker tells its address")
     return found[0]
-
-
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = _ANSWERED_S) -> None:
-    gives_up_at = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > gives_up_at:
-            raise RuntimeError(f"within {timeout_s:g} s this did not happen: {what}")
-        time.sleep(0.1)
 
 
 def _samples(admin: str, name: str, **labels: str) -> list[tuple[str, float]]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
-from inferfleet.cli.control import RepositoryCatalogue, open_store
-from inferfleet.config import load as load_settings
-from inferfleet.coordinator.messages import RolloutView
-from inferfleet.coordinator.rollouts import RolloutControl
-from inferfleet.worker.clock import SystemClock
-from tests.support.coordinators import ControlPlane, Coordinator
-from tests.support.fleet import Fleet, WorkerProcess
 from tests.support.fleet_traffic import OpenLoop, Reader, judge
+from tests.support.rollout_scene import PATIENCE_S, Scene, rollout_scene
 from tests.support.servers import KafkaServer, RedisServer
 from tests.support.waiting import wait_until
 
@@ -26,15 +17,6 @@ pytestmark = pytest.mark.service
 
 PARTITIONS = 2
 RATE = 100.0
-PATIENCE_S = 90.0
-QUICK = {
-    "INFERFLEET__ROUTES__SOURCE": "fleet",
-    "INFERFLEET__REPORTS__EVERY_S": "0.25",
-    "INFERFLEET__REPORTS__HEARTBEAT_S": "0.25",
-    "INFERFLEET__ROUTING__LEAD_MS": "500",
-    "INFERFLEET__COORDINATOR__ADDRESS": "127.0.0.1:0",
-    "INFERFLEET__COORDINATOR__ADMIN_ADDRESS": "127.0.0.1:0",
-}
 POLICY = """
 kind = "canary"
 bake_s = 3
@@ -54,94 +36,13 @@ minimum = 100
 """
 AT_ONCE = POLICY.replace("[shadow]", "[shadow]\nenabled = false")
 """The same without a shadow: a broken version is met by users."""
-BROKEN = """if (tensors["x"][:, 1] == tensors["x"][:, 0] + 0.5).any():
-            raise ValueError("this version is broken on purpose")"""
-"""Fails at every request of these tests, and not at the self-check of whoever loads it."""
-
-
-class Scene:
-    """A fleet that follows the control plane: its command line, its workers, its coordinators."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-        self.folder = fleet.folder
-        self.config = fleet.config
-        self.coordinators: list[Coordinator] = []
-        settings = load_settings(self.config, QUICK)
-        self.store = open_store(settings)
-        self.rollouts = RolloutControl(self.store, RepositoryCatalogue(fleet.repository), SystemClock())
-
-    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment of a coordinator."""
-        return {**os.environ, **QUICK, **more}
-
-    def run(self, *arguments: str, code: int = 0) -> str:
-        done = self.fleet.run(*arguments, code=code, env=QUICK)
-        return done.stdout if code == 0 else done.stderr
-
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.run(*arguments, "--json"))
-
-    def policy(self, text: str) -> str:
-        file = self.folder / "policy.toml"
-        file.write_text(text)
-        return str(file)
-
-    def workers(self, *names: str) -> list[WorkerProcess]:
-        found = [self.fleet.launch(name, env=QUICK) for name in names]
-        return [each.wait_ready() for each in found]
-
-    def coordinator(self, name: str) -> Coordinator:
-        made = Coordinator(name, cast(ControlPlane, self), {}).launch()
-        self.coordinators.append(made)
-        return made.up()
-
-    def reached(self, rollout: str, *phases: str) -> RolloutView:
-        """Return the rollout once it is in one of these phases."""
-        last: list[RolloutView] = []
-
-        def there() -> bool:
-            last[:] = [self.rollouts.get(rollout)]
-            return last[0].phase in phases
-
-        try:
-            wait_until(there, PATIENCE_S, f"{rollout} is {' or '.join(phases)}", every_s=0.2)
-        except AssertionError as error:
-            logs = "\n".join(each.log_tail(10) for each in self.coordinators)
-            raise AssertionError(f"{error}\n{last}\n{logs}") from None
-        return last[0]
-
-    def actions(self) -> list[str]:
-        """Return what was done to the route, in order."""
-        return [each.action for each in reversed(self.store.history("sums"))]
-
-    def versions(self) -> set[str]:
-        """Return the versions that answer the route."""
-        return {each.version for each in self.store.load().table().named("sums").variants}
 
 
 @pytest.fixture
 def scene(kafka: KafkaServer, redis_server: RedisServer, tmp_path: Path) -> Iterator[Scene]:
     """Route sums is answered by version 1; version 2 is as good, version 3 raises at every request."""
-    with Fleet(tmp_path / "fleet", kafka, redis_server) as fleet:
-        fleet.settings["worker"]["state"] = "state"
-        fleet.checksum(version="1")
-        fleet.checksum(version="2")
-        source = (fleet.folder / "models" / "sums" / "1").glob("*.py")
-        text = next(iter(source)).read_text()
-        text = text.replace('int(parameters["version"])', "3")
-        fleet.handler(
-            text.replace("sums = checksums(tensors", f"{BROKEN}\n        sums = checksums(tensors"),
-            version="3",
-        )
-        fleet.route(redis=True, partitions=PARTITIONS)
-        fleet.prepare()
-        made = Scene(fleet)
-        made.run("route", "apply", str(fleet.routes_file))
+    with rollout_scene(tmp_path / "fleet", kafka, redis_server, partitions=PARTITIONS) as made:
         yield made
-        for each in made.coordinators:
-            each.kill()
-        made.store.close()
 
 
 def test_a_good_version_is_promoted_although_its_coordinators_die_and_stay_away(
