@@ -21,6 +21,7 @@ from inferfleet.redis_access import Place, open_redis
 from inferfleet.results.redis import RedisResults
 from inferfleet.wire.encode import error_body
 from inferfleet.wire.stored import payload_hash
+from tests.support.waiting import wait_until
 
 
 class Taken(NamedTuple):
@@ -129,7 +130,13 @@ class Answerer:
                 waiting = []
             self._outlet.poll()
         self._source.close()
+        wait_until(self._drained, 10, "every outcome is confirmed or refused")
         self._outlet.close(2)
+
+    def _drained(self) -> bool:
+        """Hear of what was published; a refusal is answered by one more outcome, so before the outlet closes."""
+        self._outlet.poll()
+        return not self._outlet.pending()
 
     def _answer(self, request: Taken) -> None:
         headers = request.headers

@@ -15,6 +15,7 @@ from inferfleet.redis_access import Place, open_redis
 from inferfleet.routes import route_of
 from inferfleet.summaries import Comparison, Window
 from inferfleet.wire.stored import result_key
+from inferfleet.worker.detached import HORIZON_S
 from tests.support.control import change
 from tests.support.fleet import Fleet
 from tests.support.fleet_traffic import Reader, Sender, now_ms, row_of, v2_body
@@ -93,7 +94,8 @@ class Stand:
                     found = merge(found, each.comparison)
             return found
 
-        wait_until(lambda: total().pairs >= pairs, PATIENCE_S, f"{pairs} pairs are compared")
+        patience_s = HORIZON_S + PATIENCE_S  # a pair may stand in one part with a request that has no partner
+        wait_until(lambda: total().pairs >= pairs, patience_s, f"{pairs} pairs are compared")
         return total()
 
     def judge(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker whose wall clock is an hour off (F26): who answers a record is the record's own time's business."""
+"""A worker whose wall clock is an hour off (F26): a record is answered by what its own time says."""
 
 from __future__ import annotations
 
