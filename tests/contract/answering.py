@@ -134,7 +134,7 @@ class Answerer:
         self._outlet.close(2)
 
     def _drained(self) -> bool:
-        """Hear of what was published; a refusal is answered by one more outcome, so before the outlet closes."""
+        """Hear of what was published; a refusal makes one more outcome, so before the outlet closes."""
         self._outlet.poll()
         return not self._outlet.pending()
 
