@@ -1,11 +1,9 @@
-"""One suite for what workers follow and report, in memory and in Redis; then what only Redis can do."""
+"""One suite for what workers follow, in memory and in Redis; then what only Redis can do."""
 
 from __future__ import annotations
 
-import secrets
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,87 +11,16 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from inferfleet.control.feed import FeedOptions, RedisRouteFeed
-from inferfleet.control.memory import MemoryControlStore, MemoryReporter, MemoryRouteFeed
-from inferfleet.control.reporter import RedisReporter, ReporterOptions
-from inferfleet.control.store import RedisControlStore
-from inferfleet.control_ports import ControlStore, RouteFeed
+from inferfleet.control_ports import RouteFeed
 from inferfleet.errors import ConfigError, ControlError
-from inferfleet.plane import WorkerReport
-from inferfleet.redis_access import Place, open_redis
-from inferfleet.revisions import EMPTY_LOG, Head
-from inferfleet.testing.clock import FakeClock
-from tests.support.control import change, draft, window
+from inferfleet.redis_access import Place
+from inferfleet.revisions import EMPTY_LOG
+from tests.contract.control_bench import KINDS, PATIENCE_S, QUICK, FeedBench, place_of
+from tests.support.control import change, draft
 from tests.support.process import free_ports
-from tests.support.redis_cluster import RedisCluster, RedisSentinel
+from tests.support.redis_cluster import RedisSentinel
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
-
-PATIENCE_S = 10.0
-QUICK = FeedOptions(
-    block_s=0.05, backoff_first_s=0.02, backoff_max_s=0.05, start_s=5.0, copy_start_s=0.2, close_s=2.0
-)
-
-
-class Bench:
-    """A fleet's store, feeds that follow it, and what an operator may do to the store."""
-
-    def __init__(self, where: Place | None, folder: Path) -> None:
-        self.fleet = f"test-{secrets.token_hex(4)}"
-        self.copy = folder / "state" / f"{self.fleet}.default.routes.json"
-        self.clock = FakeClock()
-        self.woken = threading.Event()
-        self._where = where
-        self._memory = MemoryControlStore(self.clock)
-        self._feeds: list[RouteFeed] = []
-        self.store: ControlStore = (
-            self._memory
-            if where is None
-            else RedisControlStore(
-                lambda: open_redis(where), self.fleet, address=where.shown, utc_ms=self.clock.utc_ms
-            )
-        )
-
-    def feed(self, options: FeedOptions = QUICK, copy: bool = False) -> RouteFeed:
-        """Return a worker's feed that has started."""
-        where = self._where
-        if where is None:
-            return MemoryRouteFeed(self._memory)
-        made = RedisRouteFeed(
-            lambda: open_redis(where),
-            self.fleet,
-            address=where.shown,
-            copy=self.copy if copy else None,
-            wake=self.woken.set,
-            options=options,
-            utc_ms=self.clock.utc_ms,
-        )
-        self._feeds.append(made)
-        made.start()
-        return made
-
-    def backup(self) -> Callable[[], None]:
-        """Return what makes the store again what it is now."""
-        if self._where is None:
-            log = self._memory.copy()
-            return lambda: self._memory.restore(log)
-        with open_redis(self._where) as client:
-            names = [f"{{{self.fleet}}}:{name}" for name in ("head", "routes", "revisions", "audit")]
-            copies = {name: client.dump(name) for name in names}
-
-        def restore() -> None:
-            with open_redis(self._where) as client:
-                client.delete(*names)
-                for name, copy in copies.items():
-                    if copy is not None:
-                        client.restore(name, 0, copy)
-
-        return restore
-
-    def close(self) -> None:
-        for each in self._feeds:
-            each.close()
-        self.store.close()
 
 
 def number(feed: RouteFeed) -> int:
@@ -104,28 +31,16 @@ def follows(feed: RouteFeed, wanted: int) -> None:
     wait_until(lambda: number(feed) == wanted, PATIENCE_S, f"revision {wanted} is followed")
 
 
-KINDS = [
-    "memory",
-    pytest.param("redis", marks=pytest.mark.service),
-    pytest.param("cluster", marks=pytest.mark.service),
-]
-
-
 @pytest.fixture(params=KINDS)
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FeedBench]:
     """Each kind of feed in turn."""
-    where = None
-    if request.param == "redis":
-        where = Place(request.getfixturevalue("redis_server").url)
-    elif request.param == "cluster":
-        cluster: RedisCluster = request.getfixturevalue("redis_cluster")
-        where = Place(mode="cluster", nodes=cluster.addresses)
-    made = Bench(where, tmp_path)
+    where = place_of(request.param, request)
+    made = FeedBench(where, tmp_path)
     yield made
     made.close()
 
 
-def test_a_fleet_without_routes_is_an_empty_log(bench: Bench) -> None:
+def test_a_fleet_without_routes_is_an_empty_log(bench: FeedBench) -> None:
     """A worker may start before the first apply; it hears of it."""
     feed = bench.feed()
     assert feed.log() == EMPTY_LOG
@@ -134,7 +49,7 @@ def test_a_fleet_without_routes_is_an_empty_log(bench: Bench) -> None:
     follows(feed, 1)
 
 
-def test_a_feed_holds_what_the_store_holds(bench: Bench) -> None:
+def test_a_feed_holds_what_the_store_holds(bench: FeedBench) -> None:
     """Appended one by one or read as a whole, the log is the same, announcements and removals too."""
     bench.store.commit(change(draft("a"), draft("b")))
     early = bench.feed()
@@ -151,7 +66,7 @@ def test_a_feed_holds_what_the_store_holds(bench: Bench) -> None:
     assert early.log() == late.log() == bench.store.load()
 
 
-def test_an_older_log_is_not_adopted(bench: Bench) -> None:
+def test_an_older_log_is_not_adopted(bench: FeedBench) -> None:
     """A store that was restored from a copy: the newer log stays, and it is said; a reset is followed."""
     bench.store.commit(change(draft(version="1")))
     restore = bench.backup()
@@ -169,7 +84,7 @@ def test_an_older_log_is_not_adopted(bench: Bench) -> None:
     assert feed.stale == ""
 
 
-def test_a_forked_log_is_not_adopted(bench: Bench) -> None:
+def test_a_forked_log_is_not_adopted(bench: FeedBench) -> None:
     """The restored store went on with other revisions: equal and higher numbers, and not our log."""
     bench.store.commit(change(draft(version="1")))
     restore = bench.backup()
@@ -185,7 +100,7 @@ def test_a_forked_log_is_not_adopted(bench: Bench) -> None:
     assert feed.log() == held
 
 
-def test_a_flushed_store_is_an_older_one(bench: Bench) -> None:
+def test_a_flushed_store_is_an_older_one(bench: FeedBench) -> None:
     """All is gone: the worker keeps its routes and goes on."""
     restore = bench.backup()
     bench.store.commit(change(draft()))
@@ -200,15 +115,15 @@ def test_a_flushed_store_is_an_older_one(bench: Bench) -> None:
 
 
 @pytest.fixture
-def redis_bench(redis_server: RedisServer, tmp_path: Path) -> Iterator[Bench]:
+def redis_bench(redis_server: RedisServer, tmp_path: Path) -> Iterator[FeedBench]:
     """A fleet in one Redis."""
-    made = Bench(Place(redis_server.url), tmp_path)
+    made = FeedBench(Place(redis_server.url), tmp_path)
     yield made
     made.close()
 
 
 @pytest.mark.service
-def test_the_loop_is_woken_by_news_and_by_nothing_else(redis_bench: Bench) -> None:
+def test_the_loop_is_woken_by_news_and_by_nothing_else(redis_bench: FeedBench) -> None:
     """A revision is there when it wakes; a quiet log wakes nobody."""
     feed = redis_bench.feed()
     redis_bench.woken.clear()
@@ -220,7 +135,7 @@ def test_the_loop_is_woken_by_news_and_by_nothing_else(redis_bench: Bench) -> No
 
 
 @pytest.mark.service
-def test_a_log_that_was_trimmed_is_read_anew(redis_server: RedisServer, redis_bench: Bench) -> None:
+def test_a_log_that_was_trimmed_is_read_anew(redis_server: RedisServer, redis_bench: FeedBench) -> None:
     """The entries between are gone, so the whole is taken; nothing is missing in it."""
     redis_bench.store.commit(change(draft("a")))
     feed = redis_bench.feed()
@@ -238,7 +153,7 @@ def test_a_log_that_was_trimmed_is_read_anew(redis_server: RedisServer, redis_be
 
 @pytest.mark.service
 def test_a_revision_that_cannot_be_understood_is_told_once_and_holds_up_no_other_route(
-    redis_server: RedisServer, redis_bench: Bench
+    redis_server: RedisServer, redis_bench: FeedBench
 ) -> None:
     """A newer release wrote a route that this one does not know: it stays as it was, the others go on."""
     store, fleet = redis_bench.store, redis_bench.fleet
@@ -289,7 +204,7 @@ def test_while_redis_is_away_the_log_holds_and_the_feed_says_since_when(
 ) -> None:
     """It comes back by itself, and hears of what happened meanwhile; one log line for each end."""
     with RedisServer(data_folder) as server, capture_logs() as logs:
-        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench = FeedBench(Place(server.url, timeout_s=0.5), tmp_path)
         bench.store.commit(change(draft()))
         feed = bench.feed()
         server.kill()
@@ -311,7 +226,7 @@ def test_a_worker_that_starts_while_redis_is_away_goes_on_with_its_copy(
 ) -> None:
     """Announcements and kept revisions are in the copy too; the store must continue it when it is back."""
     with RedisServer(data_folder) as server:
-        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench = FeedBench(Place(server.url, timeout_s=0.5), tmp_path)
         bench.store.commit(change(draft("a"), draft("b")))
         bench.store.commit(change(draft("a", "2", effective_from_ms=None)))
         first = bench.feed(copy=True)
@@ -333,7 +248,7 @@ def test_a_worker_that_starts_while_redis_is_away_goes_on_with_its_copy(
 
 @pytest.mark.service
 def test_a_worker_that_restarts_refuses_a_store_that_lost_what_it_knew(
-    redis_bench: Bench, redis_server: RedisServer
+    redis_bench: FeedBench, redis_server: RedisServer
 ) -> None:
     """The copy is as good as one's own log: a restart is no way around the refusal."""
     redis_bench.store.commit(change(draft()))
@@ -350,7 +265,7 @@ def test_a_worker_that_restarts_refuses_a_store_that_lost_what_it_knew(
 def test_a_redis_that_was_restored_from_older_files_is_refused(data_folder: Path, tmp_path: Path) -> None:
     """The files of the day before, put back by hand: the feed says so, and a reset goes on above all."""
     with RedisServer(data_folder) as server:
-        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
+        bench = FeedBench(Place(server.url, timeout_s=0.5), tmp_path)
         bench.store.commit(change(draft(version="1")))
         server.stop()
         shutil.copytree(data_folder, tmp_path / "backup")
@@ -378,7 +293,7 @@ def test_a_failover_that_loses_a_revision_is_refused(tmp_path: Path) -> None:
         where = Place(
             mode="sentinel", nodes=servers.addresses, sentinel_master=RedisSentinel.NAME, timeout_s=1.0
         )
-        bench = Bench(where, tmp_path)
+        bench = FeedBench(where, tmp_path)
         bench.store.commit(change(draft(version="1")))
         with servers.replica.client() as client:
             name = f"{{{bench.fleet}}}:head"
@@ -404,7 +319,7 @@ def test_a_failover_that_loses_a_revision_is_refused(tmp_path: Path) -> None:
 def test_without_redis_and_without_a_copy_the_address_is_named(tmp_path: Path) -> None:
     """The start waits within its bound and then says in one line what is away."""
     (port,) = free_ports(1)
-    bench = Bench(Place(f"redis://127.0.0.1:{port}/0"), tmp_path)
+    bench = FeedBench(Place(f"redis://127.0.0.1:{port}/0"), tmp_path)
     with pytest.raises(ControlError, match=f"redis at redis://127.0.0.1:{port}/0 .* no copy") as caught:
         bench.feed(replace(QUICK, start_s=0.3), copy=True)
     assert "\n" not in str(caught.value)
@@ -423,7 +338,7 @@ def test_without_redis_and_without_a_copy_the_address_is_named(tmp_path: Path) -
     ],
 )
 @pytest.mark.service
-def test_a_copy_that_cannot_be_read_is_none(redis_bench: Bench, text: bytes) -> None:
+def test_a_copy_that_cannot_be_read_is_none(redis_bench: FeedBench, text: bytes) -> None:
     """Half a file, or somebody else's: the worker asks Redis as if there were none, and replaces it."""
     redis_bench.copy.parent.mkdir()
     redis_bench.copy.write_bytes(text)
@@ -436,7 +351,7 @@ def test_a_copy_that_cannot_be_read_is_none(redis_bench: Bench, text: bytes) -> 
 
 
 @pytest.mark.service
-def test_a_copy_that_cannot_be_written_stops_nothing(redis_bench: Bench) -> None:
+def test_a_copy_that_cannot_be_written_stops_nothing(redis_bench: FeedBench) -> None:
     """The feed follows without one."""
     redis_bench.copy.parent.write_text("in the way")
     redis_bench.store.commit(change(draft()))
@@ -449,134 +364,11 @@ def test_a_copy_that_cannot_be_written_stops_nothing(redis_bench: Bench) -> None
 def test_a_frozen_redis_holds_up_neither_the_log_nor_the_end(data_folder: Path, tmp_path: Path) -> None:
     """Whoever asks, and whoever closes, is answered at once while a read hangs."""
     with RedisServer(data_folder) as server:
-        bench = Bench(Place(server.url, timeout_s=60.0), tmp_path)
+        bench = FeedBench(Place(server.url, timeout_s=60.0), tmp_path)
         bench.store.commit(change(draft()))
         feed = bench.feed(replace(QUICK, block_s=30.0))
         server.pause()
         assert number(feed) == 1
         feed.close()
-        server.resume()
-        bench.close()
-
-
-# Reporters
-
-
-class _Lossy:
-    """A client that does what it is told and loses the answer to each first script."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self.lose = 0
-
-    def execute_command(self, *words: Any) -> Any:
-        answer = self._client.execute_command(*words)
-        if words[0] == "EVALSHA" and self.lose > 0:
-            self.lose -= 1
-            raise ConnectionError("the answer is lost")
-        return answer
-
-    def close(self) -> None:
-        """The next one uses it again."""
-
-
-SOON = ReporterOptions(backoff_first_s=0.02, backoff_max_s=0.05)
-
-
-@pytest.mark.service
-def test_a_lost_answer_makes_no_summary_come_twice(redis_bench: Bench, redis_server: RedisServer) -> None:
-    """The group is sent again under its id, and the server knows that it has it."""
-    with redis_server.client() as client:
-        lossy = _Lossy(client)
-        reporter = RedisReporter(lambda: lossy, redis_bench.fleet, "default", "w-1", options=SOON)
-        reporter.append([window(requests=1)])
-        wait_until(lambda: redis_bench.store.windows("digits")[0], PATIENCE_S, "the first has arrived")
-        lossy.lose = 3
-        reporter.append([window(requests=2)])
-        wait_until(lambda: lossy.lose == 0, PATIENCE_S, "answers were lost")
-        reporter.append([window(requests=3)])
-        reporter.close()
-    found, _ = redis_bench.store.windows("digits")
-    assert [each.requests for each in found] == [1, 2, 3]
-
-
-@pytest.mark.service
-def test_while_redis_is_away_summaries_wait_and_the_oldest_are_dropped(
-    data_folder: Path, tmp_path: Path
-) -> None:
-    """Memory is bounded, what was dropped is counted, the rest arrives in order; each end is told once."""
-    with RedisServer(data_folder) as server, capture_logs() as logs:
-        bench = Bench(Place(server.url, timeout_s=0.5), tmp_path)
-        where = Place(server.url, timeout_s=0.5)
-        options = replace(SOON, bound=10, at_once=3)
-        reporter = RedisReporter(lambda: open_redis(where), bench.fleet, "default", "w-1", options=options)
-        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
-        wait_until(bench.store.workers, PATIENCE_S, "it is known")
-        server.kill()
-        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
-        wait_until(lambda: logs, PATIENCE_S, "it is noticed")
-        for count in range(25):
-            reporter.append([window(requests=count)])
-        assert reporter.dropped == 15
-        server.start()
-        wait_until(lambda: len(bench.store.windows("digits")[0]) == 10, PATIENCE_S, "they have arrived")
-        assert [each.requests for each in bench.store.windows("digits")[0]] == list(range(15, 25))
-        reporter.close()
-        bench.close()
-    assert [line["event"] for line in logs] == ["reports_away", "reports_back"]
-
-
-def test_in_memory_too_summaries_wait_and_the_oldest_are_dropped() -> None:
-    """The twin keeps to the same bound."""
-    store = MemoryControlStore(FakeClock())
-    reporter = MemoryReporter(store, bound=2)
-    store.away = True
-    reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
-    reporter.append([window(requests=count) for count in (1, 2, 3)])
-    assert reporter.dropped == 1
-    store.away = False
-    reporter.append([window(requests=4)])
-    assert [each.requests for each in store.windows("digits")[0]] == [2, 3, 4]
-
-
-@pytest.mark.service
-def test_summaries_that_are_refused_hold_up_no_heartbeat(
-    redis_bench: Bench, redis_server: RedisServer
-) -> None:
-    """Somebody's key stands where a route's summaries go: the worker is listed all the same."""
-    with redis_server.client() as client:
-        client.set(f"{{{redis_bench.fleet}}}:reports:digits", "in the way")
-        where = Place(redis_server.url)
-        reporter = RedisReporter(lambda: open_redis(where), redis_bench.fleet, "default", "w-1", options=SOON)
-        reporter.append([window()])
-        for count in (1, 2):
-            reporter.heartbeat(WorkerReport(worker="w-1", pool="default", head=Head(0, count)))
-            wait_until(
-                lambda n=count: [each.head.number for each in redis_bench.store.workers()] == [n],
-                PATIENCE_S,
-                "the report has arrived",
-            )
-        client.delete(f"{{{redis_bench.fleet}}}:reports:digits")
-        wait_until(lambda: redis_bench.store.windows("digits")[0], PATIENCE_S, "they have arrived")
-        client.set(f"{{{redis_bench.fleet}}}:reports:odd", "in the way")
-        reporter.append([window(name="odd"), window(name="odd"), window(name="other")])
-        wait_until(lambda: reporter.dropped == 2, PATIENCE_S, "what one route refuses is dropped")
-        assert len(redis_bench.store.windows("other")[0]) == 1
-        reporter.close()
-
-
-@pytest.mark.service
-def test_a_frozen_redis_does_not_hold_up_the_end_of_a_reporter(data_folder: Path, tmp_path: Path) -> None:
-    """Closing ends within its bound; the registration expires by itself."""
-    with RedisServer(data_folder) as server:
-        bench = Bench(Place(server.url), tmp_path)
-        where = Place(server.url, timeout_s=60.0)
-        options = replace(SOON, close_s=0.2)
-        reporter = RedisReporter(lambda: open_redis(where), bench.fleet, "default", "w-1", options=options)
-        reporter.heartbeat(WorkerReport(worker="w-1", pool="default"))
-        wait_until(bench.store.workers, PATIENCE_S, "it is known")
-        server.pause()
-        reporter.append([window()])
-        reporter.close()
         server.resume()
         bench.close()

@@ -13,7 +13,7 @@ from inferfleet.records import Answer, Array, Batch, BatchResult
 from inferfleet.routes import Shadow
 from inferfleet.worker.engine import Engine, Finished
 from tests.support.builders import chunk, v2
-from tests.unit.test_worker_shadowing import Shaded
+from tests.unit.shaded import Shaded
 
 ROW_S = 0.004
 LOAD = 0.5

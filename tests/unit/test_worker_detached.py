@@ -24,8 +24,8 @@ from inferfleet.worker.schedule import Schedule
 from inferfleet.worker.settling import Settling
 from tests.support.builders import chunk, v2
 from tests.support.outlets import route_plan
+from tests.unit.shaded import Shaded
 from tests.unit.test_worker_loop import GOOD, SIGNATURE, Bench
-from tests.unit.test_worker_shadowing import Shaded
 
 WRITER = AnswerWriter("m", "1", SIGNATURE)
 
