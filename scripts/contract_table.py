@@ -27,6 +27,7 @@ class Suite(NamedTuple):
 
 
 _KAFKA = {"classic": "Kafka, classic", "consumer": "Kafka, KIP-848"}
+_CONTROL = {"memory": "memory", "redis": "Redis", "cluster": "Redis Cluster"}
 SUITES = (
     Suite(
         "test_intake_contract.py", "Taking (`Intake`)", {"memory": "memory", **_KAFKA, "rabbitmq": "RabbitMQ"}
@@ -45,6 +46,8 @@ SUITES = (
     ),
     Suite("test_control_contract.py", "Pauses (`PauseBoard`)", {"local": "one process", "redis": "Redis"}),
     Suite("test_control_contract.py", "Crash marks (`CrashMarks`)", {"file": "file", "redis": "Redis"}),
+    Suite("test_control_store.py", "The control plane's store (`ControlStore`)", _CONTROL),
+    Suite("test_control_feed.py", "Following it (`RouteFeed`)", _CONTROL),
 )
 
 
