@@ -54,6 +54,7 @@ ENGINE_MODULES = (
     "inferfleet.runtimes.onnx",
     # A model's own code: copied into its version folder and run from there, imported by nobody.
     "inferfleet.demo.sentence_handler",
+    "inferfleet.demo.text_handler",
 )
 LIGHT_MODULES = ("inferfleet", "inferfleet.cli", "inferfleet.client", "inferfleet.core", "inferfleet.worker")
 

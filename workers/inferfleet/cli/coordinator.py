@@ -15,8 +15,10 @@ import click
 
 from inferfleet import __version__
 from inferfleet.cli.frame import Session, pass_session
+from inferfleet.cli.patience import wait_option
 from inferfleet.config import Config
 from inferfleet.errors import ConfigError, ModelRepositoryError
+from inferfleet.patience import Patience
 
 if TYPE_CHECKING:
     from inferfleet.control_ports import ControlStore
@@ -30,8 +32,9 @@ DAY_S = 86_400
 
 
 @click.group(invoke_without_command=True)
+@wait_option
 @click.pass_context
-def coordinator(context: click.Context) -> None:
+def coordinator(context: click.Context, wait_s: float | None) -> None:
     """Run one coordinator replica until SIGTERM: API, dashboard, rollouts.
 
     Any number of replicas may run; one of them leads and steps rollouts.
@@ -45,7 +48,7 @@ def coordinator(context: click.Context) -> None:
         session = context.find_object(Session)
         if session is None:
             raise ConfigError("the coordinator was called without its settings")
-        _run(session.config)
+        _run(session.config, Patience(wait_s))
 
 
 @coordinator.command()
@@ -83,12 +86,16 @@ def token(session: Session, name: str, role: str, expires: float | None, routes:
     click.echo(made)
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, patience: Patience) -> None:
     from inferfleet.cli.control import open_store
     from inferfleet.coordinator.process import run
+    from inferfleet.coordinator.tokens import TokenBook
     from inferfleet.telemetry.logs import configure
 
     configure(config.log.format, config.log.level, secrets=config.secrets)
+    tokens = config.coordinator.token_file
+    if patience.given and tokens:
+        patience.until("waiting_for_tokens", lambda: TokenBook(config.base / tokens, time.time))
     with contextlib.closing(open_store(config, STORE_S)) as store:
         run(_replica(config, store))
 

@@ -19,14 +19,15 @@ from inferfleet.routes import Route, RouteTable, load_routes, refuse_unsupported
 log = structlog.get_logger(__name__)
 
 
-def open_feed(config: Config, clock: Clock, wake: Callable[[], None]) -> RouteFeed:
+def open_feed(config: Config, clock: Clock, wake: Callable[[], None], patience_s: float) -> RouteFeed:
     """Return a feed that follows; ``wake`` is called on another thread when there is news. Close it.
 
-    Raises ControlError where neither the control plane's Redis nor a copy of its routes is to be had.
+    Without a copy of the routes, the control plane's Redis has ``patience_s`` seconds to answer. Raises
+    ControlError where neither is to be had.
     """
     if config.routes.source != "fleet":
         return FileFeed(lambda: _read(config), clock)
-    from inferfleet.control.feed import RedisRouteFeed
+    from inferfleet.control.feed import FeedOptions, RedisRouteFeed
     from inferfleet.redis_access import control_place_of, open_redis
 
     place = replace(control_place_of(config), client_name=config.worker_id)
@@ -36,6 +37,7 @@ def open_feed(config: Config, clock: Clock, wake: Callable[[], None]) -> RouteFe
         address=place.shown,
         copy=state_folder(config) / f"{config.fleet.name}.{config.worker.pool}.routes.json",
         wake=wake,
+        options=FeedOptions(start_s=patience_s),
         utc_ms=clock.utc_ms,
     )
     feed.start()

@@ -7,20 +7,43 @@ from collections.abc import Sequence
 
 import structlog
 
-from inferfleet.cli.topology import needs
+from inferfleet.cli.topology import needs, uses_kafka, uses_rabbitmq
 from inferfleet.config import Config, kafka_client_config
 from inferfleet.errors import BrokerError
+from inferfleet.patience import Patience
 from inferfleet.routes import Route
 
 log = structlog.get_logger(__name__)
 
-START_PATIENCE_S = 60.0
+
+def wait_for_all(config: Config, routes: Sequence[Route], patience: Patience) -> None:
+    """Wait for the brokers that the routes name and for all that they need there; bounded.
+
+    With ``--wait`` also for topics, queues and model versions that do not stand yet. Raises the first
+    BrokerError, or with ``--wait`` ModelRepositoryError, that is left when the patience has ended.
+    """
+    if uses_kafka(routes):
+        wait_for_kafka(config, patience.server_s)
+        patience.until("waiting_for_topics", lambda: check_topics(config, routes))
+    if uses_rabbitmq(routes):
+        patience.until("waiting_for_queues", lambda: check_rabbitmq(config, routes, patience.server_s))
+    if patience.given:
+        patience.until("waiting_for_models", lambda: look_for_models(config, routes))
 
 
-def wait_for_kafka(config: Config) -> None:
+def look_for_models(config: Config, routes: Sequence[Route]) -> None:
+    """Raise ModelRepositoryError for the first version of the routes that is not in the repository."""
+    from inferfleet.models.repository import Repository
+
+    repository = Repository(config.models_path, config.models.trusted)
+    for model, version in dict.fromkeys((route.model, each) for route in routes for each in route.versions):
+        repository.look(model, version)
+
+
+def wait_for_kafka(config: Config, patience_s: float) -> None:
     """Wait for Kafka, bounded.
 
-    Raises BrokerError: an authentication failure at once, an absent broker after ``START_PATIENCE_S``.
+    Raises BrokerError: an authentication failure at once, an absent broker after ``patience_s`` seconds.
     """
     from confluent_kafka import Consumer, KafkaError, KafkaException
 
@@ -39,7 +62,7 @@ def wait_for_kafka(config: Config) -> None:
     properties = {**kafka_client_config(config), "group.id": config.group, "error_cb": noticed}
     consumer = Consumer(properties, logger=silent_logger())
     try:
-        deadline = time.monotonic() + START_PATIENCE_S
+        deadline = time.monotonic() + patience_s
         told = False
         while True:
             try:
@@ -87,10 +110,10 @@ def check_topics(config: Config, routes: Sequence[Route]) -> None:
         cluster.close()
 
 
-def check_rabbitmq(config: Config, routes: Sequence[Route]) -> None:
+def check_rabbitmq(config: Config, routes: Sequence[Route], patience_s: float) -> None:
     """Wait for RabbitMQ, bounded, and look at all that the routes need there.
 
-    Raises BrokerError: a refused login at once, an absent broker after ``START_PATIENCE_S``, then the first
+    Raises BrokerError: a refused login at once, an absent broker after ``patience_s`` seconds, then the first
     thing that is missing, of another kind, or forbidden.
     """
     from inferfleet.cli.rabbitmq import RabbitCluster
@@ -99,7 +122,7 @@ def check_rabbitmq(config: Config, routes: Sequence[Route]) -> None:
         log.warning("waiting_for_rabbitmq", error=str(error))
 
     cluster = RabbitCluster(config)
-    cluster.open(START_PATIENCE_S, waiting)
+    cluster.open(patience_s, waiting)
     try:
         cluster.check(needs(config, routes))
     finally:

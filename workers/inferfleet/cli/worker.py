@@ -20,11 +20,12 @@ from inferfleet.cli.following import first_routes, open_feed
 from inferfleet.cli.frame import Session
 from inferfleet.cli.loading import RepositoryModels
 from inferfleet.cli.outcomes import open_outcomes
+from inferfleet.cli.patience import wait_option
 from inferfleet.cli.slot import with_worker_id
-from inferfleet.cli.starting import check_rabbitmq, check_topics, wait_for_kafka
-from inferfleet.cli.topology import uses_kafka, uses_rabbitmq
+from inferfleet.cli.starting import wait_for_all
 from inferfleet.config import Config, check_supported
 from inferfleet.control_ports import RouteFeed
+from inferfleet.patience import Patience
 from inferfleet.routes import Route
 from inferfleet.telemetry.logs import configure
 from inferfleet.telemetry.metrics import PrometheusMetrics
@@ -43,8 +44,9 @@ must not wait the default 5 ms behind the loop."""
 
 @click.command()
 @click.option("--until-idle", type=float, metavar="S", help="Exit 0 after S seconds with nothing to do.")
+@wait_option
 @click.pass_obj
-def worker(session: Session, until_idle: float | None) -> None:
+def worker(session: Session, until_idle: float | None, wait_s: float | None) -> None:
     """Run one worker until SIGTERM; it drains and exits 0.
 
     A second SIGTERM stops at once: what was taken is taken again by another worker.
@@ -53,20 +55,18 @@ def worker(session: Session, until_idle: float | None) -> None:
     Example:
       inferfleet --config fleet.toml worker
       inferfleet worker --until-idle 10
+      inferfleet worker --wait 180
     """
     config = with_worker_id(session.config)
     check_supported(config)
     configure(config.log.format, config.log.level, secrets=config.secrets)
     _limit_threads(config)
     news: SimpleQueue[News] = SimpleQueue()
-    feed = open_feed(config, SystemClock(), wake=lambda: news.put(None))
+    patience = Patience(wait_s)
+    feed = open_feed(config, SystemClock(), lambda: news.put(None), patience.server_s)
     try:
         routes = first_routes(config, feed)
-        if uses_kafka(routes):
-            wait_for_kafka(config)
-            check_topics(config, routes)
-        if uses_rabbitmq(routes):
-            check_rabbitmq(config, routes)
+        wait_for_all(config, routes, patience)
         _run(config, feed, routes, news, until_idle)
     finally:
         feed.close()

@@ -84,13 +84,18 @@ def sample_files(types: FileTypes, count: int) -> list[SampleFile]:
 
     judge = Magika()
     samples: list[SampleFile] = []
-    for name, path in _one_of_each_kind_in_turn(_installed_files()):
+    for name, path in one_of_each_kind():
         if len(samples) == count:
             break
         features = types.features(path)
         if features is not None:
             samples.append(SampleFile(name, features, str(judge.identify_path(path).prediction.dl.label)))
     return samples
+
+
+def one_of_each_kind() -> Iterator[tuple[str, Path]]:
+    """Yield name and path of the installation's files, one of each kind in turn, always in one order."""
+    return _one_of_each_kind_in_turn(_installed_files())
 
 
 def _installed_files() -> Iterator[tuple[str, Path]]:
