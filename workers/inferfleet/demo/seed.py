@@ -1,7 +1,7 @@
 """``python -m inferfleet.demo.seed FOLDER``: models, and requests with the right answers, for compose.
 
 Writes ``models/``, a repository with ``digits`` 1, 2 and 3 (the third is wrong on purpose) and ``text`` 1,
-and ``samples/<route>.jsonl``, whose lines hold a V2 body and what each version answers to it outside of a fleet.
+and ``samples/<route>.jsonl``, whose lines hold a V2 body and what each version answers outside of a fleet.
 Needs the extra ``demo``; whoever uses what it wrote does not.
 """
 
