@@ -119,6 +119,23 @@ def node() -> str:
     return found
 
 
+def prometheus() -> str:
+    """Return the Prometheus server; Debian's package of that name has ``promtool`` too."""
+    return _of_prometheus("prometheus")
+
+
+def promtool() -> str:
+    """Return the tool that checks Prometheus's configuration and runs tests of its rules."""
+    return _of_prometheus("promtool")
+
+
+def _of_prometheus(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise MissingServerError(f"Prometheus: {name} is not on PATH; install the package prometheus")
+    return found
+
+
 def install_missing() -> list[str]:
     """Install what may be installed here; return one line for every server that still cannot be had."""
     wanted: list[tuple[str | None, Callable[[], object]]] = [
@@ -127,6 +144,8 @@ def install_missing() -> list[str]:
         ("redis-server", redis_server),
         ("rabbitmq-server", rabbitmq_server),
         ("nodejs", node),
+        ("prometheus", prometheus),
+        ("prometheus", promtool),
     ]
     missing: list[str] = []
     for package, locate in wanted:
