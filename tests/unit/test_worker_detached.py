@@ -62,13 +62,16 @@ class Apart(Shaded):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 1_000, **route: Any) -> None:
         self.feed = Feed()
         self.opened: list[str] = []
+        self.place = "topic"
         self._most = most
         super().__init__(monkeypatch, **route)
 
     def use(self, version: str = "1", **route: Any) -> RoutePlan:
         variants = (Variant("stable", "2", 100, ((0, 10_000),)),)
         plan = route_plan(SIGNATURE, variants=variants, results=(), shadow_of="primary", **route)
-        detached = self.delivery.detached = Detached(self._open, self.metrics, self.clock, most=self._most)
+        detached = self.delivery.detached = Detached(
+            self._open, self.metrics, self.clock, place=lambda _: self.place, most=self._most
+        )
         observing = Observing("w", self.told, self.clock, 1e9)
         self.loop.observing = detached.observing = observing
         self.loop.use([Schedule.always(plan)])
@@ -245,6 +248,22 @@ def test_a_shadow_that_goes_hears_nobody_and_keeps_no_record(monkeypatch: pytest
     assert of.open == 1
     bench.detached.serve([])
     assert (of.open, bench.feed.closed, bench.detached._joins) == (0, True, {})
+
+
+def test_answers_that_go_elsewhere_from_now_on_are_heard_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The primary's results were changed; the shadow's own route was not."""
+    bench = Apart(monkeypatch)
+    before = bench.feed
+    bench.detached.serve([bench.plan])
+    assert bench.opened == ["primary"]
+    bench.place, bench.feed = "redis", Feed()
+    bench.detached.serve([bench.plan])
+    assert (bench.opened, before.closed, bench.feed.closed) == (["primary"] * 2, True, False)
+    bench.take(chunk([GOOD]))
+    batch = bench.finish(1.0)
+    bench.feed.tell((batch.parts[0].ids[0], 1.0))
+    bench.detached.poll(bench.clock.monotonic())
+    assert [join.requests for join in bench.detached._joins.values()] == [0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -54,10 +54,14 @@ class _Waiting:
 
 
 class _Join:
-    """Both sides of one shadow route; ``primary`` names the route that it sees the requests of."""
+    """Both sides of one shadow route.
 
-    def __init__(self, primary: str) -> None:
+    ``primary`` names the route that it sees the requests of, ``place`` says where that one's answers go.
+    """
+
+    def __init__(self, primary: str, place: object) -> None:
         self.primary = primary
+        self.place = place
         self.feed: OutcomeFeed | None = None
         self.open_at = 0.0
         self.ask_at = 0.0
@@ -127,7 +131,8 @@ class Detached:
     """The detached shadows of a worker; owned by the worker loop's thread.
 
     ``open_feed`` returns where the outcomes of a route (by its name) are read; it raises InferfleetError
-    where they cannot be. ``most`` bounds the requests that wait for their partners.
+    where they cannot be. ``place`` says where they are, in any form that differs when they go elsewhere.
+    ``most`` bounds the requests that wait for their partners.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class Detached:
         metrics: PrometheusMetrics,
         clock: Clock,
         *,
+        place: Callable[[str], object] = str,
         most: int = MOST,
         horizon_s: float = HORIZON_S,
     ) -> None:
@@ -143,6 +149,7 @@ class Detached:
         self._open_feed = open_feed
         self._metrics = metrics
         self._clock = clock
+        self._place = place
         self._most = most
         self._horizon_s = horizon_s
         self._joins: dict[str, _Join] = {}
@@ -193,14 +200,18 @@ class Detached:
     def _join(self, plan: RoutePlan) -> _Join:
         join = self._joins.get(plan.name)
         if join is None:
-            join = self._joins[plan.name] = _Join(plan.route.shadow_of or "")
+            primary = plan.route.shadow_of or ""
+            join = self._joins[plan.name] = _Join(primary, self._place(primary))
             self._open(join, self._clock.monotonic())
         return join
 
     def serve(self, plans: Collection[RoutePlan]) -> None:
-        """Hear what the primaries of these routes answer, and no longer those of others."""
-        primaries = {plan.name: plan.route.shadow_of for plan in plans}
-        for name in [name for name, join in self._joins.items() if primaries.get(name) != join.primary]:
+        """Hear what the primaries of these routes answer, where they do now; no longer those of others."""
+        heard = {plan.name: plan.route.shadow_of or "" for plan in plans}
+        now = {name: (primary, self._place(primary)) for name, primary in heard.items()}
+        for name in [
+            name for name, join in self._joins.items() if now.get(name) != (join.primary, join.place)
+        ]:
             join = self._joins.pop(name)
             for waiting in join.ended(float("inf"), self._most):
                 self._end(waiting)
@@ -261,7 +272,7 @@ class Detached:
             for alike in self._alike(waiting, window, specs):
                 comparer.compare(window.comparison, *alike)
         except Exception as error:  # their records are settled all the same
-            log.error("shadow_not_compared", route=part.served.route, exc_info=error)
+            log.error("shadow_not_compared", route=part.served.route, exc_info=error, private=True)
 
     def _alike(
         self, waiting: _Waiting, window: Window, specs: dict[str, TensorSpec]

@@ -104,7 +104,7 @@ class Worker:
         if self._to.outcomes is None:
             return None
         most = max(1, self._config.limits.in_flight_rows // 2)
-        return Detached(self._outcomes, self._to.metrics, self._clock, most=most)
+        return Detached(self._outcomes, self._to.metrics, self._clock, place=self._answers_of, most=most)
 
     def _loop(self) -> WorkerLoop:
         config, adapters = self._config, self._to
@@ -189,6 +189,10 @@ class Worker:
             raise ConfigError("this worker has no way to outcomes of other routes")
         return self._to.outcomes(self._adopting.log.table().named(name))
 
+    def _answers_of(self, name: str) -> object:
+        """Return where the route of this name has its answers; ``None`` while there is no such route."""
+        return next((each.results for each in self._adopting.log.table().routes if each.name == name), None)
+
     def _first_log(self) -> RouteLog:
         try:
             return self._to.feed.log()
@@ -214,11 +218,11 @@ class Worker:
             self._shape = shape
             self._to.follow(tuple(each.plan.route for each in schedules))
             self.loop.use(schedules)
-            if self._detached is not None:
-                shadows = [each.plan for each in schedules if each.plan.route.shadow_of is not None]
-                self._detached.serve(shadows)
             names = [each.name for each in schedules]
             log.info("routes_adopted", revision=self._adopting.label, routes=names)
+        if self._detached is not None:
+            # Also when nothing of this pool has moved: the route that they shadow is another pool's.
+            self._detached.serve([each.plan for each in schedules if each.plan.route.shadow_of is not None])
 
     def _check(self, plan: RoutePlan) -> None:
         if self._to.results is None and plan.redis:
@@ -277,7 +281,7 @@ class Worker:
             return
         if self._to.intake.joined:
             self._serving = True
-            log.info("worker_ready", worker=self._config.worker_id, group=self._config.group)
+            log.info("worker_ready", group=self._config.group)
         elif self._to.intake.denied is not None:
             raise BrokerError(self._to.intake.denied)
 
