@@ -262,6 +262,7 @@ def test_answers_that_go_elsewhere_from_now_on_are_heard_there(monkeypatch: pyte
     bench.take(chunk([GOOD]))
     batch = bench.finish(1.0)
     bench.feed.tell((batch.parts[0].ids[0], 1.0))
+    bench.clock.advance(1.0)
     bench.detached.poll(bench.clock.monotonic())
     assert [join.requests for join in bench.detached._joins.values()] == [0]
 
