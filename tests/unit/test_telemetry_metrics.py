@@ -6,30 +6,69 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from inferfleet.telemetry.metrics import REQUEST_SECONDS, BulkHistogram, PrometheusMetrics
+from inferfleet.telemetry.bulk import BulkHistogram
+from inferfleet.telemetry.metrics import PREFIX, REQUEST_SECONDS, PrometheusMetrics
 
 CONTRACT = {
-    "requests_total", "request_seconds", "stage_seconds", "batch_rows", "batch_seconds", "queue_rows",
-    "in_flight_rows", "padding_ratio", "consumer_lag", "oldest_request_seconds", "dead_letters_total",
-    "retries_total", "redeliveries_total", "results_lost_total", "shadow_requests_total", "route_revision",
-    "route_revision_age_seconds",
-    "model_ready", "build_info",
-}  # fmt: skip
-LABELS = {"route", "model", "version", "variant", "role", "outcome", "stage", "code", "le", "worker"}
+    "requests_total": {"route", "version", "variant", "outcome"},
+    "request_seconds": {"route", "version", "variant"},
+    "stage_seconds": {"stage"},
+    "batch_rows": {"model", "version", "role"},
+    "batch_seconds": {"model", "version", "role"},
+    "queue_rows": {"model", "version", "role"},
+    "in_flight_rows": {"route"},
+    "padding_ratio": {"model", "version", "role"},
+    "consumer_lag": {"route"},
+    "oldest_request_seconds": {"route"},
+    "dead_letters_total": {"route", "code"},
+    "retries_total": {"route"},
+    "redeliveries_total": {"route"},
+    "shadow_requests_total": {"route", "version", "outcome"},
+    "shadow_shed_total": {"route", "version"},
+    "shadow_rows_total": {"route", "version", "result"},
+    "route_revision": set(),
+    "model_ready": {"model", "version"},
+    "build_info": {"version", "worker"},
+}
+"""Every name of the contract, and the labels under which a worker has it."""
+FURTHER = {
+    "records_total": {"route"},
+    "requests_over_goal_total": {"route", "version", "variant"},
+    "route_goal_seconds": {"route"},
+    "in_flight_bytes": {"route"},
+    "streams": {"route"},
+    "route_paused": {"route"},
+    "results_lost_total": {"route"},
+    "route_revision_age_seconds": set(),
+    "routes_refused": set(),
+    "route_adopted": {"route"},
+    "route_refused": {"route"},
+    "model_refused": {"model", "version"},
+    "model_loads_total": {"model", "version", "outcome"},
+    "worker_ready": set(),
+}
+"""What rules and dashboards rely on beside them."""
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 def filled() -> PrometheusMetrics:
     """Metrics with every method called once."""
     metrics = PrometheusMetrics("1.2.3", "w-1")
+    metrics.routes({"r": 0.5})
+    metrics.readiness(lambda: True)
+    metrics.records("r", 500)
     metrics.outcomes("r", "1", "stable", "ok", 500)
-    metrics.request_seconds("r", [0.01, 0.02, 3])
+    metrics.request_seconds("r", [0.01, 0.02, 3], "1", "stable", trace=TRACE, at=1)
     metrics.stage("take", 0.001)
-    metrics.batch("m", "1", "primary", 64, 0.002, 0.1)
+    metrics.batch("m", "1", "primary", 64, 0.002, 0.1, TRACE)
     metrics.queue_rows("m", "1", "primary", 7)
     metrics.in_flight("r", 12, 3400)
     metrics.consumer_lag("r", 99)
     metrics.oldest_request_seconds("r", 1.5)
+    metrics.streams("r", 3)
     metrics.route_paused("r", True)
     metrics.dead_letters("r", "E_SHAPE", 2)
     metrics.retries("r", 1)
@@ -37,9 +76,14 @@ def filled() -> PrometheusMetrics:
     metrics.results_lost("r", 6)
     metrics.shadow_outcomes("r", "2", "ok", 4)
     metrics.shadow_shed("r", "2", 5)
+    metrics.shadow_rows("r", "2", 3, 1, 0)
     metrics.route_revision("8c946b23224b")
     metrics.route_revision_age(0.0)
-    metrics.model_ready("m", "1", True)
+    metrics.routes_refused(False)
+    metrics.route_adopted("r", 7)
+    metrics.route_refused("r", False)
+    metrics.model_loading("m", "1")
+    metrics.model_loaded("m", "1", True)
     return metrics
 
 
@@ -50,15 +94,24 @@ def samples(metrics: PrometheusMetrics) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_every_metric_of_the_contract_is_exposed_with_permitted_labels() -> None:
-    """Names start with inferfleet_; no label could hold an id or a key."""
-    families = [f for f in filled().registry.collect() if f.name.startswith("inferfleet_")]
-    exposed = {s.name.removeprefix("inferfleet_") for family in families for s in family.samples}
-    labels = {label for family in families for s in family.samples for label in s.labels}
+def exposed(metrics: PrometheusMetrics) -> dict[str, set[str]]:
+    """Return the label names of each metric of ours, under the name that it is scraped by."""
+    found: dict[str, set[str]] = {}
+    for family in metrics.registry.collect():
+        if family.name.startswith(PREFIX):
+            name = family.name.removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+            found[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    return found
 
-    assert {name for name in CONTRACT if not any(each.startswith(name) for each in exposed)} == set()
-    assert labels <= LABELS
-    assert not [name for name in exposed if name.endswith("_created")]
+
+def test_every_metric_of_the_contract_is_exposed_with_its_labels() -> None:
+    """Names and labels are the contract's and no others; none could hold an id or a key."""
+    assert exposed(filled()) == CONTRACT | FURTHER
+
+
+def test_nothing_but_the_contract_has_time_series_that_nobody_asked_for() -> None:
+    """The library's creation times would double every counter."""
+    assert not [name for name in samples(filled()) if "_created" in name]
 
 
 def test_values_arrive_where_they_belong() -> None:
@@ -67,9 +120,14 @@ def test_values_arrive_where_they_belong() -> None:
     key = 'route="r",variant="stable",version="1"'
 
     assert found[f'inferfleet_requests_total{{outcome="ok",{key}}}'] == 500
-    assert found['inferfleet_request_seconds_count{route="r"}'] == 3
-    assert found['inferfleet_request_seconds_sum{route="r"}'] == 3.03
-    assert found['inferfleet_request_seconds_bucket{le="0.01",route="r"}'] == 1
+    assert found[f"inferfleet_request_seconds_count{{{key}}}"] == 3
+    assert found[f"inferfleet_request_seconds_sum{{{key}}}"] == 3.03
+    assert found[f'inferfleet_request_seconds_bucket{{le="0.01",{key}}}'] == 1
+    assert found[f"inferfleet_requests_over_goal_total{{{key}}}"] == 1
+    assert found['inferfleet_route_goal_seconds{route="r"}'] == 0.5
+    assert found['inferfleet_shadow_rows_total{result="close",route="r",version="2"}'] == 1
+    assert found['inferfleet_model_loads_total{model="m",outcome="refused",version="1"}'] == 0
+    assert found["inferfleet_worker_ready"] == 1
     assert found['inferfleet_batch_rows_count{model="m",role="primary",version="1"}'] == 1
     assert found['inferfleet_dead_letters_total{code="E_SHAPE",route="r"}'] == 2
     assert found["inferfleet_route_revision"] == 0x8C946B23224B
@@ -120,3 +178,68 @@ def test_a_bound_belongs_to_its_own_bucket() -> None:
     counts = [s.value for s in family.samples if s.name == "h_bucket"]
 
     assert counts == [1, 3, 4]
+
+
+def exemplars(metrics: PrometheusMetrics) -> dict[str, tuple[str, float]]:
+    """Return trace id and value of each exemplar, by the metric's name and the bucket's bound."""
+    text = openmetrics.generate_latest(metrics.registry).decode()
+    return {
+        f"{sample.name} {sample.labels['le']}": (sample.exemplar.labels["trace_id"], sample.exemplar.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+
+
+def test_a_sampled_request_is_the_exemplar_of_its_bucket() -> None:
+    """In the OpenMetrics format, with its own value; the plain format stays without."""
+    metrics = filled()
+
+    assert exemplars(metrics) == {
+        "inferfleet_request_seconds_bucket 0.02": (TRACE, 0.02),
+        "inferfleet_batch_seconds_bucket 0.002": (TRACE, 0.002),
+    }
+    assert TRACE not in generate_latest(metrics.registry).decode()
+
+
+def test_a_bucket_keeps_the_last_exemplar_and_others_keep_theirs() -> None:
+    """So that old slow requests can still be looked at while fast ones go by."""
+    metrics = PrometheusMetrics()
+    for trace, seconds in (("a" * 32, 3.0), ("b" * 32, 0.01), ("c" * 32, 0.009), ("", 0.01)):
+        metrics.request_seconds("r", [seconds], trace=trace or None)
+
+    assert exemplars(metrics) == {
+        "inferfleet_request_seconds_bucket 5.0": ("a" * 32, 3.0),
+        "inferfleet_request_seconds_bucket 0.01": ("c" * 32, 0.009),
+    }
+
+
+def test_a_route_counts_from_zero_and_its_gauges_go_with_it() -> None:
+    """A first event must be a rise, and what was read off last must not raise alarms for ever."""
+    metrics = PrometheusMetrics()
+    metrics.routes({"a": None, "b": 0.1})
+    metrics.consumer_lag("a", 9)
+    metrics.retries("a", 2)
+
+    assert samples(metrics)['inferfleet_retries_total{route="b"}'] == 0
+    metrics.routes({"b": None})
+    assert not [name for name in samples(metrics) if "lag" in name or "goal_seconds" in name]
+    assert samples(metrics)['inferfleet_retries_total{route="a"}'] == 2
+    metrics.request_seconds("b", [5.0])
+    assert not [name for name in samples(metrics) if name.startswith("inferfleet_requests_over_goal_total{")]
+
+
+def test_a_refused_version_is_told_until_it_loads_or_nobody_wants_it() -> None:
+    """A new try does not hide that the last one failed."""
+    metrics = PrometheusMetrics()
+    metrics.model_loading("m", "2")
+    metrics.model_loaded("m", "2", False)
+    metrics.model_loading("m", "2")
+
+    version = 'model="m",version="2"'
+    assert samples(metrics)[f"inferfleet_model_refused{{{version}}}"] == 1
+    metrics.model_loaded("m", "2", True)
+    assert samples(metrics)[f"inferfleet_model_refused{{{version}}}"] == 0
+    assert samples(metrics)[f"inferfleet_model_ready{{{version}}}"] == 1
+    metrics.model_gone("m", "2")
+    assert f"inferfleet_model_ready{{{version}}}" not in samples(metrics)

@@ -194,11 +194,17 @@ class Lane(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Requests of one lane that run together; ``rows`` is the sum of their tensor rows."""
+    """Requests of one lane that run together; ``rows`` is the sum of their tensor rows.
+
+    ``since`` is when the first of them began to wait, monotonic seconds; 0 where that is not known.
+    """
 
     lane: Lane
     parts: list[Requests]
     rows: int
+    number: int = 0
+    """Which of its engine's batches this is, from 1; 0 before it is given to one."""
+    since: float = 0.0
 
     def tensors(self) -> Tensors:
         """Return the inputs of all parts, joined along the first dimension."""

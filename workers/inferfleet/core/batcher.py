@@ -137,18 +137,24 @@ class Batcher:
     def _close(self, queue: _LaneQueue) -> Batch:
         parts: list[Requests] = []
         rows = 0
+        since = NEVER
         for priority in sorted(queue.queues):
             waiting = queue.queues[priority]
+            # What is taken at all is taken from the front, or with it.
+            arrived_at = waiting[0].arrived_at if waiting else NEVER
             if waiting and waiting[0].part.costs is not None:
-                rows += _take_similar(waiting, queue.limit, rows, parts)
+                taken = _take_similar(waiting, queue.limit, rows, parts)
             else:
-                rows += _take_front(waiting, queue.limit, rows, parts)
+                taken = _take_front(waiting, queue.limit, rows, parts)
+            rows += taken
+            if taken:
+                since = min(since, arrived_at)
             if rows >= queue.limit or (waiting and parts):
                 break
         queue.rows -= rows
         self.rows -= rows
         queue.refresh()
-        return Batch(queue.lane, parts, rows)
+        return Batch(queue.lane, parts, rows, since=since)
 
     def expire(self, now_ms: int) -> list[Requests]:
         """Take out every waiting request whose deadline is not after ``now_ms``."""

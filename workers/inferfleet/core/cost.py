@@ -6,6 +6,10 @@ line follows a device that slows down or warms up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from inferfleet.records import Requests
+
 FORGET = 0.95
 
 
@@ -34,3 +38,13 @@ class CostLine:
             return self._y / self._n
         slope = max(0.0, (self._n * self._xy - self._x * self._y) / spread)
         return max(0.0, (self._y - slope * self._x) / self._n + slope * rows)
+
+
+def padding(parts: Sequence[Requests]) -> float | None:
+    """Return which share of a batch would be filling if each request were as long as the longest.
+
+    By the costs of requests, which are the sizes of their bodies; ``None`` where these have none.
+    """
+    costs = [cost for part in parts for cost in part.costs or ()]
+    largest = max(costs, default=0)
+    return 1 - sum(costs) / (largest * len(costs)) if largest else None

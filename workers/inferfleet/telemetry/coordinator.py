@@ -13,6 +13,7 @@ from prometheus_client import (
 )
 
 from inferfleet.telemetry.metrics import BATCH_SECONDS, PREFIX
+from inferfleet.telemetry.rollouts import NOTHING, RolloutMetrics
 
 
 class CoordinatorMetrics:
@@ -58,6 +59,8 @@ class CoordinatorMetrics:
             "Whether the control plane's Redis answered when it was last asked for the lease.",
             registry=self.registry,
         )
+        self.rollouts = RolloutMetrics(self.registry)
+        """What the leader sees of rollouts; empty while another leads."""
         build = Gauge(f"{PREFIX}build_info", "Which release this is.", ("version",), registry=self.registry)
         build.labels(version).set(1)
 
@@ -69,6 +72,8 @@ class CoordinatorMetrics:
     def leading(self, leads: bool) -> None:
         """Say whether this replica leads."""
         self._leading.set(leads)
+        if not leads:
+            self.rollouts.show(NOTHING)
 
     def tick(self, outcome: str, seconds: float) -> None:
         """Count a step of the leader."""

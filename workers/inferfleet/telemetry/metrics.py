@@ -6,8 +6,7 @@ a closed list (outcome, stage, code), never from a request. Methods are called p
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -21,10 +20,9 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+
+from inferfleet.telemetry.bulk import BulkHistogram
 
 PREFIX = "inferfleet_"
 
@@ -54,57 +52,10 @@ class _Children(dict[tuple[str, ...], Metric], Generic[Metric]):
         self[labels] = child
         return child
 
-
-class BulkHistogram(Collector):
-    """A histogram that takes many values at once: one sort into buckets per call, none per value."""
-
-    def __init__(
-        self,
-        name: str,
-        documentation: str,
-        labels: Sequence[str],
-        bounds: Sequence[float],
-        registry: CollectorRegistry,
-    ) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._labels = tuple(labels)
-        self._bounds = np.array(bounds, dtype=np.float64)
-        self._names = [
-            floatToGoString(bound)  # type: ignore[no-untyped-call]
-            for bound in (*bounds, float("inf"))
-        ]
-        self._lock = threading.Lock()
-        self._series: dict[tuple[str, ...], tuple[npt.NDArray[np.int64], float]] = {}
-        registry.register(self)
-
-    def observe_many(
-        self, labels: tuple[str, ...], values: Sequence[float] | npt.NDArray[np.float64]
-    ) -> None:
-        """Count every value; negative ones (clocks differ between machines) count as zero."""
-        if not len(values):
-            return
-        array = np.maximum(np.asarray(values, dtype=np.float64), 0.0)
-        size = len(self._names)
-        counts = np.bincount(np.searchsorted(self._bounds, array, side="left"), minlength=size)
-        total = float(array.sum())
-        with self._lock:
-            old = self._series.get(labels)
-            self._series[labels] = (counts, total) if old is None else (old[0] + counts, old[1] + total)
-
-    def describe(self) -> Iterable[HistogramMetricFamily]:
-        """Return the family without samples, so that a name taken twice is noticed."""
-        return [HistogramMetricFamily(self._name, self._documentation, labels=self._labels)]
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        """Return the family with the counts so far."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
-        with self._lock:
-            series = list(self._series.items())
-        for labels, (counts, total) in series:
-            cumulated = np.cumsum(counts).tolist()
-            family.add_metric(labels, list(zip(self._names, cumulated, strict=True)), total)
-        return [family]
+    def forget(self, *labels: str) -> None:
+        """Expose nothing under these labels any longer."""
+        if self.pop(labels, None) is not None:
+            self._metric.remove(*labels)
 
 
 class PrometheusMetrics:
@@ -115,35 +66,32 @@ class PrometheusMetrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self._goals: dict[str, float] = {}
+        self._served: frozenset[str] = frozenset()
+        self._define_requests()
+        self._define_batches()
+        self._define_states()
+        self._define_versions()
+        build = Gauge(f"{PREFIX}build_info", "Always 1.", ("version", "worker"), registry=self.registry)
+        build.labels(version, worker).set(1)
+
+    def _define_requests(self) -> None:
         self._requests = self._counter(
             "requests", "Requests that have their outcome.", "route", "version", "variant", "outcome"
         )
+        variant = ("route", "version", "variant")
         self._request_seconds = BulkHistogram(
             f"{PREFIX}request_seconds",
             "From the broker's timestamp to the confirmed outcome.",
-            ("route",),
+            variant,
             REQUEST_SECONDS,
             self.registry,
         )
-        self._stage_seconds = self._histogram(
-            "stage_seconds", "Time of one call of a station of the record path.", BATCH_SECONDS, "stage"
+        self._over_goal = self._counter(
+            "requests_over_goal", "Requests whose outcome came later than goal_p99_ms.", *variant
         )
-        lane = ("model", "version", "role")
-        self._batch_rows = self._histogram("batch_rows", "Rows of a batch.", BATCH_ROWS, *lane)
-        self._batch_seconds = self._histogram(
-            "batch_seconds", "Time of a batch in the model.", BATCH_SECONDS, *lane
-        )
-        self._padding = self._histogram(
-            "padding_ratio", "Share of a batch that is padding.", PADDING_RATIO, *lane
-        )
-        self._queue_rows = self._gauge("queue_rows", "Rows waiting for a batch.", *lane)
-        self._in_flight_rows = self._gauge("in_flight_rows", "Rows taken and not settled.", "route")
-        self._in_flight_bytes = self._gauge("in_flight_bytes", "Bytes taken and not settled.", "route")
-        self._lag = self._gauge(
-            "consumer_lag", "Records not taken yet, over this worker's partitions.", "route"
-        )
-        self._oldest = self._gauge("oldest_request_seconds", "Age of the oldest open request.", "route")
-        self._paused = self._gauge("route_paused", "1 while the route is not taken from.", "route")
+        self._goal = self._gauge("route_goal_seconds", "The route's goal_p99_ms in seconds.", "route")
+        self._records = self._counter("records", "Records taken.", "route")
         self._dead_letters = self._counter("dead_letters", "Dead letters written.", "route", "code")
         self._retries = self._counter("retries", "Further attempts.", "route")
         self._redeliveries = self._counter("redeliveries", "Records that were delivered before.", "route")
@@ -154,6 +102,35 @@ class PrometheusMetrics:
             "shadow_requests", "Requests answered by a shadow.", "route", "version", "outcome"
         )
         self._shadow_shed = self._counter("shadow_shed", "Shadow rows dropped for load.", "route", "version")
+        self._shadow_rows = self._counter(
+            "shadow_rows",
+            "Rows that both have answered, by how far the answers differ.",
+            *("route", "version", "result"),
+        )
+
+    def _define_batches(self) -> None:
+        self._stage_seconds = self._histogram(
+            "stage_seconds", "Time that a chunk or a batch spent at a station.", BATCH_SECONDS, "stage"
+        )
+        lane = ("model", "version", "role")
+        self._batch_rows = self._histogram("batch_rows", "Rows of a batch.", BATCH_ROWS, *lane)
+        self._batch_seconds = self._histogram(
+            "batch_seconds", "Time of a batch in the model.", BATCH_SECONDS, *lane
+        )
+        self._padding = self._histogram(
+            "padding_ratio", "Share of a batch that is padding.", PADDING_RATIO, *lane
+        )
+        self._queue_rows = self._gauge("queue_rows", "Rows waiting for a batch.", *lane)
+
+    def _define_states(self) -> None:
+        self._in_flight_rows = self._gauge("in_flight_rows", "Rows taken and not settled.", "route")
+        self._in_flight_bytes = self._gauge("in_flight_bytes", "Bytes taken and not settled.", "route")
+        self._lag = self._gauge(
+            "consumer_lag", "Records not taken yet, over this worker's partitions.", "route"
+        )
+        self._oldest = self._gauge("oldest_request_seconds", "Age of the oldest open request.", "route")
+        self._paused = self._gauge("route_paused", "1 while the route is not taken from.", "route")
+        self._streams = self._gauge("streams", "Partitions or channels that this worker takes from.", "route")
         self._revision = Gauge(
             f"{PREFIX}route_revision",
             "The route revision in force as a number; hashes are read as hexadecimal.",
@@ -164,9 +141,29 @@ class PrometheusMetrics:
             "For how long the routes could not be followed; 0 while they are.",
             registry=self.registry,
         )
+        self._routes_refused = Gauge(
+            f"{PREFIX}routes_refused",
+            "1 while the newest routes as a whole cannot be read or served.",
+            registry=self.registry,
+        )
+        self._adopted = self._gauge("route_adopted", "The route's revision that is served.", "route")
+        self._refused = self._gauge(
+            "route_refused", "1 while the route's newest revision cannot be served.", "route"
+        )
+
+    def _define_versions(self) -> None:
         self._model_ready = self._gauge("model_ready", "1 when loaded, checked and warm.", "model", "version")
-        build = Gauge(f"{PREFIX}build_info", "Always 1.", ("version", "worker"), registry=self.registry)
-        build.labels(version, worker).set(1)
+        self._model_refused = self._gauge(
+            "model_refused", "1 from a load that failed until one succeeds.", "model", "version"
+        )
+        self._model_loads = self._counter(
+            "model_loads", "Loads of versions that ended.", "model", "version", "outcome"
+        )
+        self._ready = Gauge(
+            f"{PREFIX}worker_ready",
+            "1 while the worker is ready: versions warm, and a member of its group.",
+            registry=self.registry,
+        )
 
     def _counter(self, name: str, documentation: str, *labels: str) -> _Children[Counter]:
         return _Children(Counter(PREFIX + name, documentation, labels, registry=self.registry))
@@ -185,21 +182,83 @@ class PrometheusMetrics:
         """``count`` requests ended as ``ok`` or with a code."""
         self._requests[route, version, variant, outcome].inc(count)
 
-    def request_seconds(self, route: str, seconds: Sequence[float] | npt.NDArray[np.float64]) -> None:
-        """Spans from the broker's timestamp to the confirmed outcome; a list or an array, any length."""
-        self._request_seconds.observe_many((route,), seconds)
+    def request_seconds(
+        self,
+        route: str,
+        seconds: Sequence[float] | npt.NDArray[np.float64],
+        version: str = "",
+        variant: str = "",
+        *,
+        trace: str | None = None,
+        at: int = 0,
+    ) -> None:
+        """Spans from the broker's timestamp to the confirmed outcome; a list or an array, any length.
+
+        Version and variant are empty where none had a part in it. ``trace`` is the trace id of the span at
+        index ``at``, which becomes an exemplar.
+        """
+        labels = (route, version, variant)
+        self._request_seconds.observe_many(labels, seconds, trace, at)
+        goal = self._goals.get(route)
+        if goal is not None:
+            self._over_goal[labels].inc(int(np.count_nonzero(np.asarray(seconds) > goal)))
+
+    def routes(self, goals: Mapping[str, float | None]) -> None:
+        """These routes are served from now on, each with its latency goal in seconds, if it has one.
+
+        What is counted by route stands at 0 from the start, so that the first event is a rise; what is
+        read off is no longer shown for a route that has gone.
+        """
+        gauges = (
+            self._goal, self._in_flight_rows, self._in_flight_bytes, self._lag, self._oldest, self._paused,
+            self._streams, self._adopted, self._refused,
+        )  # fmt: skip
+        for route in self._served - set(goals):
+            for gauge in gauges:
+                gauge.forget(route)
+        self._served = frozenset(goals)
+        self._goals = {route: goal for route, goal in goals.items() if goal is not None}
+        for route in goals:
+            for counter in (self._records, self._retries, self._redeliveries, self._results_lost):
+                counter[(route,)].inc(0)
+            for gauge in (self._paused, self._refused):
+                gauge[(route,)].inc(0)
+            goal = self._goals.get(route)
+            if goal is None:
+                self._goal.forget(route)
+            else:
+                self._goal[(route,)].set(goal)
+
+    def records(self, route: str, count: int) -> None:
+        """``count`` records of a route were taken."""
+        self._records[(route,)].inc(count)
 
     def stage(self, stage: str, seconds: float) -> None:
-        """One call of a station (take, read, gather, predict, write, hand_over, settle) took so long."""
+        """A chunk or batch spent so long at a station.
+
+        ``read``: a chunk until its requests wait; ``gather``: from there until a batch's model began, for
+        its first; ``predict``; ``write``: from there until all its outcomes are handed over; ``hand_over``:
+        until the outlets have confirmed those of one chunk's part.
+        """
         self._stage_seconds[(stage,)].observe(seconds)
 
     def batch(
-        self, model: str, version: str, role: str, rows: int, seconds: float, padding: float | None = None
+        self,
+        model: str,
+        version: str,
+        role: str,
+        rows: int,
+        seconds: float,
+        padding: float | None = None,
+        trace: str | None = None,
     ) -> None:
-        """One batch ran; ``padding`` is the share of it that was filling, ``None`` without padding."""
+        """One batch ran; ``padding`` is the share of it that was filling, ``None`` without padding.
+
+        ``trace`` is the id of a trace that the batch had a part in, which becomes an exemplar.
+        """
         lane = (model, version, role)
         self._batch_rows[lane].observe(rows)
-        self._batch_seconds[lane].observe(seconds)
+        self._batch_seconds[lane].observe(seconds, None if trace is None else {"trace_id": trace})
         if padding is not None:
             self._padding[lane].observe(padding)
 
@@ -223,6 +282,10 @@ class PrometheusMetrics:
     def route_paused(self, route: str, paused: bool) -> None:
         """Whether a route is not taken from because something of its own is down."""
         self._paused[(route,)].set(paused)
+
+    def streams(self, route: str, count: int) -> None:
+        """This worker takes from so many partitions or channels of a route."""
+        self._streams[(route,)].set(count)
 
     def dead_letters(self, route: str, code: str, count: int) -> None:
         """``count`` dead letters were confirmed."""
@@ -248,6 +311,11 @@ class PrometheusMetrics:
         """``count`` shadow rows were dropped to leave room."""
         self._shadow_shed[route, version].inc(count)
 
+    def shadow_rows(self, route: str, version: str, identical: int, close: int, different: int) -> None:
+        """So many rows were compared with the answering version's."""
+        for result, count in (("identical", identical), ("close", close), ("different", different)):
+            self._shadow_rows[route, version, result].inc(count)
+
     def route_revision(self, revision: str) -> None:
         """This revision is in force: a number, or a hexadecimal hash of 12 digits."""
         number = revision.isdecimal() and len(revision) < 12
@@ -257,6 +325,36 @@ class PrometheusMetrics:
         """For so long the routes could not be followed; 0 while they are."""
         self._revision_age.set(seconds)
 
-    def model_ready(self, model: str, version: str, ready: bool) -> None:
-        """Whether a version is loaded, checked and warm."""
+    def routes_refused(self, refused: bool) -> None:
+        """Whether the newest routes as a whole cannot be read or served; those before go on."""
+        self._routes_refused.set(refused)
+
+    def route_adopted(self, route: str, revision: int) -> None:
+        """This revision of a route is served; 0 is one from a file."""
+        self._adopted[(route,)].set(revision)
+
+    def route_refused(self, route: str, refused: bool) -> None:
+        """Whether a route's newest revision cannot be served here; the one before goes on."""
+        self._refused[(route,)].set(refused)
+
+    def model_loading(self, model: str, version: str) -> None:
+        """A version begins to load."""
+        self._model_ready[model, version].set(0)
+        self._model_refused[model, version].inc(0)
+        for outcome in ("ok", "refused"):
+            self._model_loads[model, version, outcome].inc(0)
+
+    def model_loaded(self, model: str, version: str, ready: bool) -> None:
+        """A version is loaded, checked and warm, or could not be."""
         self._model_ready[model, version].set(ready)
+        self._model_refused[model, version].set(not ready)
+        self._model_loads[model, version, "ok" if ready else "refused"].inc()
+
+    def model_gone(self, model: str, version: str) -> None:
+        """Nobody wants a version any longer."""
+        self._model_ready.forget(model, version)
+        self._model_refused.forget(model, version)
+
+    def readiness(self, ready: Callable[[], bool]) -> None:
+        """Ask ``ready`` whenever the metrics are read; it is called on any thread."""
+        self._ready.set_function(lambda: float(ready()))

@@ -109,7 +109,8 @@ class Delivery:
         if max(map(len, bodies)) > self._max_result_bytes:
             return self._split_oversize(plan, variant, answer, bodies)
         outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
-        settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids, part.served)
+        now = self._clock.monotonic()
+        settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids, part.served, now)
         if plan.destinations or plan.reply:
             headers = ok_headers(part, variant.header, lengths)
             self._to.outcomes(settling, plan.destinations, part.rows, bodies, headers, reply=plan.reply)

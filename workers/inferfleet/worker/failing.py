@@ -141,7 +141,7 @@ class Failing:
     def _end(self, plan: RoutePlan, failures: Failures) -> None:
         outcomes = _counted(plan, failures)
         settling = Settling(
-            self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, failures.served
+            self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, served, now
         )
         self.publish(settling, failures, plan.destinations, store=plan.redis)
         settling.close()
@@ -153,6 +153,7 @@ class Failing:
         destinations: Sequence[str],
         *,
         store: bool,
+        now, served = self._clock.monotonic(), failures.served
         reply: bool = True,
         dead_letters: bool = True,
     ) -> None:

@@ -24,8 +24,10 @@ class Gauges:
 
     def refresh(self, schedules: Collection[Schedule], lag: Mapping[str, int], now_ms: int) -> None:
         """Read them for these routes; ``lag`` is how many records of each are not taken yet."""
+        streams = self._ledger.streams
         for schedule in schedules:
             name = schedule.name
+            self._metrics.streams(name, sum(stream.source in schedule.sources for stream in streams))
             oldest = self._ledger.oldest_timestamp_ms(schedule.sources)
             self._metrics.oldest_request_seconds(
                 name, 0.0 if oldest is None else max(0.0, (now_ms - oldest) / 1000)

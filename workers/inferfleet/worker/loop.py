@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-import numpy as np
 import structlog
 
 from inferfleet.addresses import on_rabbitmq
@@ -25,6 +24,7 @@ from inferfleet.records import BatchResult, Chunk, Requests, RowFailure, Stream
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
+from inferfleet.worker.counting import Counting
 from inferfleet.worker.delivery import Delivery, Settling
 from inferfleet.worker.dispatching import Dispatching
 from inferfleet.worker.engine import Finished, Loaded, News
@@ -90,6 +90,7 @@ class WorkerLoop:
         self._reading = Reading(
             self.ledger, self.batcher, self.admission, delivery, metrics, clock, self._came
         )
+        self._counting = Counting(metrics, clock)
         self._gauges = Gauges(self.ledger, self.batcher, self.admission, metrics)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
         self.shadowing = Shadowing(self.engines, careful, metrics, clock)
@@ -120,6 +121,8 @@ class WorkerLoop:
         self._follow_sources({source for each in schedules for source in each.sources})
         self._schedules = {source: each for each in schedules for source in each.sources}
         self._steered.serve(schedules, lambda: [*self.engines.open(), *self._brakes.withheld_parts()])
+        goals = {each.name: each.plan.route.goal_p99_ms for each in schedules}
+        self._metrics.routes({name: goal and goal / 1000 for name, goal in goals.items()})
         names = [each.name for each in schedules]
         self.admission.routes(names)
         self._brakes.routes(names)
@@ -219,8 +222,7 @@ class WorkerLoop:
         self.batcher.observed(lane, result.batch.rows, result.seconds)
         if result.lane_limit is not None:
             self.batcher.limit(lane.model, lane.version, result.lane_limit)
-        self._metrics.batch(lane.model, lane.version, lane.role, result.batch.rows, result.seconds)
-        started = self._clock.monotonic()
+        heard_at = self._counting.batch(result)
         failures = list(result.failures)
         answered: dict[str, int] = {}
         for answer in result.answers:
@@ -237,8 +239,7 @@ class WorkerLoop:
             self._failed(failures, answered)
         for name, count in answered.items():
             self._brakes.answered(name, lane.version, count)
-        self._metrics.stage("predict", result.seconds)
-        self._metrics.stage("write", self._clock.monotonic() - started)
+        self._counting.written(heard_at)
         # Between batches, so that the client's reports do not pile up behind a long queue of news.
         self._outlet.poll()
         self.engines.run()
@@ -346,18 +347,12 @@ class WorkerLoop:
                 self._reading.settle(sharing, [row])
         if not self._reading.settle(chunk, settling.rows) and not chunk.orphaned:
             return
-        name = settling.plan.name
-        for (version, variant, outcome), count in settling.outcomes.items():
-            self._metrics.outcomes(name, version, variant, outcome, count)
+        self._counting.outcomes(settling)
         if not settling.outcomes:  # they come again for another attempt
             return
-        self.ended[name] += len(settling.rows)
+        self.ended[settling.plan.name] += len(settling.rows)
         now_ms = self._clock.utc_ms()
-        timestamps = chunk.timestamps_ms
-        if len(settling.rows) < len(timestamps):
-            timestamps = [timestamps[row] for row in settling.rows]
-        seconds = (now_ms - np.array(timestamps)) / 1000
-        self._metrics.request_seconds(name, seconds)
+        seconds = self._counting.latencies(settling, now_ms)
         if self.observing is not None:
             self.observing.settled(settling, now_ms, seconds)
 

@@ -83,6 +83,7 @@ class Reading:
             restore(chunk)
         elif schedule.plan.route.time == "received":
             chunk.timestamps_ms = [self._clock.utc_ms()] * len(chunk)
+        self._metrics.records(schedule.name, len(chunk))
         ways = schedule.ways(chunk.timestamps_ms)
         read = list(_decoded(ways, chunk))
         rows = len(chunk)

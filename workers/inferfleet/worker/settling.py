@@ -32,12 +32,14 @@ class Settling:
 
     ``ids`` are the requests' own (``None`` where one could not be read); without ``outcomes`` the records go
     on to another attempt, which is no outcome yet. ``instead`` is how they end if that cannot be published.
-    ``served`` is the version that answered or failed them, where one did.
+    ``served`` is the version that answered or failed them, where one did. ``given_at`` is when the outlets
+    were given their outcomes, monotonic seconds; 0 where they wait for something else first.
     """
 
     __slots__ = (
         "chunk",
         "delivery",
+        "given_at",
         "ids",
         "instead",
         "open",
@@ -57,6 +59,7 @@ class Settling:
         outcomes: dict[Outcome, int],
         ids: Sequence[str | None],
         served: Served | None = None,
+        given_at: float = 0.0,
     ) -> None:
         self.delivery = delivery
         self.plan = plan
@@ -65,6 +68,7 @@ class Settling:
         self.outcomes = outcomes
         self.ids = ids
         self.served = served
+        self.given_at = given_at
         self.instead: Failures | None = None
         self.replaced: set[int] = set()
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share

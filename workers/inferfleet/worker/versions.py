@@ -132,6 +132,8 @@ class Versions:
         self._wanted = wanted
         everything = {*wanted.live, *wanted.announced, *wanted.past}
         now = self._clock.monotonic()
+        for key in self._refused.keys() - everything:
+            self._metrics.model_gone(*key)
         self._refused = {
             key: refusal
             for key, refusal in self._refused.items()
@@ -169,6 +171,7 @@ class Versions:
         engine = Engine(*key, lambda: self._models.load(*key), self._news, self._clock)
         engine.used_at = self._clock.monotonic()
         self._engines[key] = engine
+        self._metrics.model_loading(*key)
         engine.start()
 
     def _has_room(self, key: Version) -> bool:
@@ -221,13 +224,12 @@ class Versions:
             engine = item.engine
             if item.error is None:
                 log.info("model_ready", model=engine.model, version=engine.version)
-                self._metrics.model_ready(engine.model, engine.version, True)
+                self._metrics.model_loaded(engine.model, engine.version, True)
                 self._running.watch(engine)
                 self.changes += 1
             else:
                 self._engines.pop((engine.model, engine.version), None)
                 self._leaving = [each for each in self._leaving if each is not engine]
-                self._metrics.model_ready(engine.model, engine.version, False)
                 self._refuse((engine.model, engine.version), load_error(item), kept)
         if self._bound:
             self._evict(0)
@@ -235,6 +237,7 @@ class Versions:
 
     def _refuse(self, key: Version, error: InferfleetError, kept: str = "") -> None:
         log.error("model_refused", error=str(error), kept=kept)
+        self._metrics.model_loaded(*key, False)
         self._refused[key] = _Refusal(error, self._clock.monotonic())
         self.changes += 1
 
@@ -245,7 +248,7 @@ class Versions:
             self._leaving.remove(engine)
             self._running.forget(engine)
             engine.close()
-            self._metrics.model_ready(engine.model, engine.version, False)
+            self._metrics.model_gone(engine.model, engine.version)
             log.info("model_unloaded", model=engine.model, version=engine.version)
         if idle:
             self._load_next()
