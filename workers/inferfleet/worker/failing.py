@@ -140,6 +140,7 @@ class Failing:
 
     def _end(self, plan: RoutePlan, failures: Failures) -> None:
         outcomes = _counted(plan, failures)
+        now, served = self._clock.monotonic(), failures.served
         settling = Settling(
             self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, served, now
         )
@@ -153,7 +154,6 @@ class Failing:
         destinations: Sequence[str],
         *,
         store: bool,
-        now, served = self._clock.monotonic(), failures.served
         reply: bool = True,
         dead_letters: bool = True,
     ) -> None:
