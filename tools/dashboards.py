@@ -11,10 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tools.grafana.fleet import fleet
+from tools.grafana.rollout import rollout
+from tools.grafana.route import route
+from tools.grafana.versions import versions
 
 FOLDER = Path(__file__).resolve().parents[1] / "deploy" / "grafana" / "dashboards"
 DASHBOARDS: Mapping[str, Callable[[], str]] = {
     "fleet.json": fleet,
+    "route.json": route,
+    "rollout.json": rollout,
+    "versions.json": versions,
 }
 
 

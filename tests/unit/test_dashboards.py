@@ -35,8 +35,11 @@ def _labels(registry: CollectorRegistry) -> dict[str, set[str]]:
     """Return the labels of each series that a registry may have, by its name as Prometheus stores it."""
     found: dict[str, set[str]] = {}
     for name, collector in registry._names_to_collectors.items():
-        given = getattr(collector, "_labelnames", None) or getattr(collector, "_labels", ())
-        found[name] = {*given, *TARGET_LABELS, *(["le"] if name.endswith("_bucket") else [])}
+        own = getattr(collector, "_labelnames", None)
+        if own is None and hasattr(collector, "describe"):
+            described = {each.name: getattr(each, "_labelnames", ()) for each in collector.describe()}
+            own = described.get(re.sub("_(bucket|sum|count)$", "", name))
+        found[name] = {*(own or ()), *TARGET_LABELS, *(["le"] if name.endswith("_bucket") else [])}
     for family in registry.collect():
         for sample in family.samples:
             found.setdefault(sample.name, {*sample.labels, *TARGET_LABELS})

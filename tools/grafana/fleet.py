@@ -10,6 +10,7 @@ from tools.grafana.parts import (
     ORANGE,
     RATE,
     RED,
+    WORKER,
     Query,
     Section,
     Thing,
@@ -24,8 +25,6 @@ UID = "inferfleet-fleet"
 TO_ROUTE = (
     "/d/inferfleet-route?var-route=${__field.labels.route}&${datasource:queryparam}&${__url_time_range}"
 )
-WORKER = 'on (job, instance) group_left (worker) inferfleet_build_info{worker!=""}'
-"""Gives the series of a worker's process the worker's name, whatever its job is called."""
 LEADING = {0: ("stands by", GREY), 1: ("leads", GREEN)}
 ANSWERS = {0: ("away", RED), 1: ("answers", GREEN)}
 READY = {0: ("not ready", ORANGE), 1: ("ready", GREEN)}
@@ -52,10 +51,10 @@ def fleet() -> str:
 def _now() -> list[Thing]:
     return [
         number(
-            "Workers",
-            "Workers that answer Prometheus. None: nothing is taken from any route.",
+            "Ready workers",
+            "Workers that are ready: versions warm, and a member of their group. None: nothing is answered.",
             units.Short,
-            Query('count(inferfleet_build_info{worker!=""}) or vector(0)'),
+            Query("sum(inferfleet_worker_ready) or vector(0)"),
             first=RED,
             limits=[(1, GREEN)],
         ),

@@ -20,10 +20,11 @@ from grafana_foundation_sdk.models.prometheus import QueryEditorMode
 SOURCE = dashboard.DataSourceRef("prometheus", "${datasource}")
 TAG = "inferfleet"
 RATE = "[$__rate_interval]"
-WIDTH = 24
+WORKER = 'on (job, instance) group_left (worker) inferfleet_build_info{worker!=""}'
+"""Gives the series of a worker's process the worker's name, whatever its job is called."""
 HEIGHT = 8
 STAT_HEIGHT = 4
-GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"
+GREEN, ORANGE, RED, BLUE, PURPLE, GREY = "green", "orange", "red", "blue", "purple", "text"
 
 Steps = Sequence[tuple[float, str]]
 Thing = timeseries.Panel | stat.Panel | statetimeline.Panel | heatmap.Panel
@@ -128,11 +129,12 @@ def number(
     first: str = GREEN,
     names: Mapping[int, tuple[str, str]] | None = None,
     decimals: int | None = None,
+    named: bool = False,
 ) -> stat.Panel:
     """Return a panel with the value of this moment, coloured by ``limits``.
 
     It is asked for this moment, not for the last value of a span: what is gone must not look as if it were
-    there. ``names`` are texts in place of numbers.
+    there. ``names`` are texts in place of numbers; with ``named`` the legend is shown and not the number.
     """
     panel = stat.Panel().title(title).description(description).unit(unit).span(span).height(STAT_HEIGHT)
     panel = panel.datasource(SOURCE).thresholds(thresholds(limits, first)).no_value("none")
@@ -140,6 +142,8 @@ def number(
     panel = panel.reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
     if names is not None:
         panel = panel.mappings(value_names(names))
+    if named:
+        panel = panel.text_mode(common.BigValueTextMode.NAME)
     if decimals is not None:
         panel = panel.decimals(decimals)
     return panel.with_target(_target(0, query).instant())
@@ -165,7 +169,8 @@ def states(
 def quantile(share: float, histogram: str, matchers: str, *by: str) -> str:
     """Return the expression of a quantile: ``matchers`` choose series, ``by`` are the labels that stay."""
     labels = ", ".join([*by, "le"])
-    return f"histogram_quantile({share:g}, sum by ({labels}) (rate({histogram}_bucket{{{matchers}}}{RATE})))"
+    chosen = f"{histogram}_bucket{{{matchers}}}" if matchers else f"{histogram}_bucket"
+    return f"histogram_quantile({share:g}, sum by ({labels}) (rate({chosen}{RATE})))"
 
 
 def _target(place: int, query: Query) -> prometheus.Dataquery:
@@ -195,6 +200,7 @@ def page(
     description: str,
     variables: Iterable[builders.QueryVariable],
     sections: Iterable[Section],
+    annotations: Sequence[PrometheusAnnotation] = (),
 ) -> str:
     """Return a dashboard's JSON; panels are numbered and placed from left to right, section by section."""
     board = builders.Dashboard(title).uid(uid).description(description).tags([TAG]).timezone("browser")
@@ -213,5 +219,5 @@ def page(
             place += 1
             board = board.with_panel(panel.id(place))
     built = board.build()
-    built.annotations.list_val = [_REVISIONS]
+    built.annotations.list_val = [_REVISIONS, *annotations]
     return json.dumps(built, cls=JSONEncoder, indent=2, sort_keys=True) + "\n"

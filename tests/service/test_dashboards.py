@@ -1,0 +1,173 @@
+"""Every panel of every dashboard shows something, asked of a Prometheus that scraped a real run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.dashboards import NAMES, Asked, filled, load, queries, variable_values, variables
+from tests.support.fleet import Fleet
+from tests.support.fleet_traffic import OpenLoop, Sender, row_of, v2_body
+from tests.support.prometheus import PrometheusServer
+from tests.support.rollout_scene import PATIENCE_S, QUICK, Scene
+from tests.support.servers import KafkaServer, RedisServer
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.service
+
+RATE = 60.0
+AWAY, UNFIT = -666.0, -888.0
+HANDLER = """
+import pathlib
+import numpy as np
+
+class Model:
+    '''Rows that start with -666 fail as if what the model asks were away, until the file `there` stands;
+    -888 get an answer of another shape; `broken` fails at all but the self-check.'''
+
+    def load(self, folder, device, parameters):
+        self.there = pathlib.Path(parameters["flags"]) / "there"
+        self.broken = parameters.get("broken", False)
+
+    def predict(self, tensors):
+        x = tensors["x"]
+        first = x[:, 0].astype(np.int64)
+        if self.broken and x[:, 1].any():
+            raise ValueError("this version is broken on purpose")
+        if (first == -666).any() and not self.there.exists():
+            raise TimeoutError("what the model asks is away")
+        wide = 1 if (first == -888).any() else 2
+        return {"check": np.stack([first % 7, first], axis=1)[:, :wide]}
+"""
+BROKEN = """
+kind = "canary"
+step_limit_s = 120
+[shadow]
+enabled = false
+[[step]]
+percent = 50
+dwell_s = 60
+minimum = 100000
+"""
+STANDING = """
+kind = "canary"
+step_limit_s = 600
+[shadow]
+duration_s = 2
+minimum_pairs = 50
+secondary = 0.2
+stop_at = "never"
+[[step]]
+percent = 50
+dwell_s = 600
+minimum = 100000
+"""
+"""A rollout that stands at its step until the test is over."""
+
+
+class Stand(NamedTuple):
+    """A scene that has run and still runs, the Prometheus that scraped all of it, and when it began."""
+
+    scene: Scene
+    server: PrometheusServer
+    began: float
+
+    def ask(self, asked: Asked, expr: str) -> list[float]:
+        """Return the values that a query finds as Grafana would ask it: now, or over the whole scene."""
+        if asked.instant:
+            values = [each.value for each in self.server.query(expr)]
+        else:
+            found = self.server.query_range(expr, start=self.began, step_s=1.0)
+            values = [value for each in found for _, value in each.points]
+        return [value for value in values if not math.isnan(value)]
+
+
+@pytest.fixture(scope="module")
+def stand(
+    kafka: KafkaServer, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stand]:
+    """Two workers, a coordinator, a version taken back, and a canary at its step behind a shadow."""
+    folder = tmp_path_factory.mktemp("dashboards")
+    settings = {"retry": {"delays_ms": [300, 1000]}, "worker": {"state": "state"}}
+    with Fleet(folder / "fleet", kafka, redis_server, settings=settings) as fleet:
+        for version, more in {"1": {}, "2": {}, "3": {"broken": True}}.items():
+            fleet.handler(HANDLER, version=version, flags=str(folder), **more)
+        fleet.route(redis=True, goal_p99_ms=500)
+        fleet.prepare()
+        scene = Scene(fleet, QUICK)
+        try:
+            scene.run("route", "apply", str(fleet.routes_file))
+            workers = scene.workers("w-1", "w-2")
+            coordinator = scene.coordinator("c-1")
+            targets = {
+                "worker": [each.address for each in workers],
+                "coordinator": [coordinator.events("coordinator_started")[0]["admin"]],
+            }
+            with PrometheusServer(folder / "prometheus", targets) as server:
+                server.all_up()
+                began = time.time()
+                with OpenLoop(kafka.client_config(), fleet.source("sums"), 2, RATE):
+                    _act(Stand(scene, server, began), kafka, folder / "there")
+                    yield Stand(scene, server, began)
+        finally:
+            scene.close()
+
+
+def _act(stand: Stand, kafka: KafkaServer, there: Path) -> None:
+    """Let happen what the panels are about, and wait until Prometheus has seen each of it."""
+    scene, server = stand.scene, stand.server
+    source = scene.fleet.source("sums")
+    sender = Sender(kafka.client_config())
+
+    def seen(expr: str) -> None:
+        wait_until(lambda: server.value(expr) > 0, PATIENCE_S, f"{expr} > 0", every_s=0.2)
+
+    seen('sum(inferfleet_requests_total{outcome="ok"})')
+    scene.coordinators[0].ask("GET", "/")
+    for number in range(3):
+        sender.send(source, b"{", id=f"unreadable-{number}")
+        sender.send(source, v2_body([(AWAY, 1.0 + number, 0.0, 1.0)]), id=f"away-{number}")
+        sender.send(source, v2_body([(UNFIT, 1.0 + number, 0.0, 1.0)]), id=f"unfit-{number}")
+        sender.send(source, v2_body([row_of(number)]), id=f"again-{number}")
+    sender.flush()
+    seen("sum(inferfleet_retries_total)")
+    seen("sum(inferfleet_dead_letters_total)")
+    seen('sum(inferfleet_requests_total{outcome="E_MODEL_OUTPUT"})')
+    there.touch()
+    for number in range(3):
+        sender.send(source, v2_body([row_of(number)]), id=f"again-{number}")
+    sender.flush()
+    seen("sum(inferfleet_redeliveries_total)")
+
+    broken = scene.json("rollout", "start", "sums", "--to", "3", "--policy", scene.policy(BROKEN))["id"]
+    assert scene.reached(broken, "aborted", "done", "inconclusive").phase == "aborted"
+    standing = scene.json("rollout", "start", "sums", "--to", "2", "--policy", scene.policy(STANDING))["id"]
+    scene.reached(standing, "shadow")
+    for number in range(500):
+        sender.send(source, v2_body([row_of(number)]), id=f"burst-{number}", key=b"%d" % number)
+    sender.flush()
+    scene.reached(standing, "step")
+    seen('sum(inferfleet_requests_total{version="2"})')
+    seen('sum(inferfleet_shadow_requests_total{outcome="ok"})')
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_query_finds_something(stand: Stand, name: str) -> None:
+    """Panels, annotations and variables of a dashboard, each with the values that Grafana would fill in."""
+    span = math.ceil(time.time() - stand.began)
+    values = {"__rate_interval": "5s", "__range": f"{span}s", "datasource": "prometheus"}
+    for variable in variables(load(name)).values():
+        found = variable_values(stand.server, variable, values)
+        assert found, variable["name"]
+        values[variable["name"]] = ".+" if variable.get("includeAll") else found[0]
+    empty = []
+    for asked in queries(name):
+        expr = filled(asked.expr, values).replace(" or vector(0)", "")
+        if not stand.ask(asked, expr):
+            empty.append(str(asked))
+    assert empty == []
