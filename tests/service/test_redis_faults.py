@@ -179,7 +179,7 @@ def test_what_redis_confirmed_and_lost_is_counted(server: RedisServer, writer: W
         writer.publish(10)
         writer.wait_done("rows after the loss are confirmed")
     (told,) = [entry for entry in logs if entry["event"] == "results_lost"]
-    assert (told["lost"], told["checked"], told["routes"]) == (300, 300, {"digits": 300})
+    assert (told["lost"], told["checked"], told["lost_by_route"]) == (300, 300, ["digits=300"])
     assert told["ids"] == [f"r-{n}" for n in range(10)]
     assert writer.lost == {"digits": 300}
     assert lost(server, 310) == list(range(300))

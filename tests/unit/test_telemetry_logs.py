@@ -5,12 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 
-from inferfleet.telemetry.logs import configure
+from inferfleet.config import parse
+from inferfleet.telemetry.cleaning import MAX_ITEMS, MAX_TEXT, MAX_TRACE
+from inferfleet.telemetry.logs import configure, configure_process
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +55,6 @@ def test_the_level_filters_both_kinds() -> None:
     logging.getLogger("library").info("quiet")
 
     assert stream.getvalue() == ""
-
-
-def test_ecs_renames_the_common_fields() -> None:
-    """Elastic's schema has other names for the same things."""
-    stream = io.StringIO()
-    configure("ecs", "info", stream)
-    structlog.get_logger().info("started", route="r")
-    (line,) = lines(stream)
-
-    assert (line["message"], line["log.level"], line["route"]) == ("started", "info", "r")
-    assert "@timestamp" in line
-    assert "ecs.version" in line
 
 
 def test_auto_is_json_where_nobody_watches() -> None:
@@ -115,3 +108,152 @@ def test_what_json_cannot_carry_is_shown_by_its_repr() -> None:
     assert line["kind"] == "<class 'ValueError'>"
     assert line["numbers"] == [1, 2]
     assert line["nothing"] is None
+
+
+def test_the_process_is_named_in_each_line() -> None:
+    """Lines of libraries too, and whichever thread they come from."""
+    stream = io.StringIO()
+    configure("json", "info", stream, context={"fleet": "f", "service": "inferfleet-worker", "node": "w-1"})
+    structlog.get_logger().info("one")
+    logging.getLogger("library").warning("two")
+    thread = threading.Thread(target=lambda: structlog.get_logger().info("three"))
+    thread.start()
+    thread.join()
+
+    assert [(line["fleet"], line["node"]) for line in lines(stream)] == [("f", "w-1")] * 3
+
+
+def test_what_a_thread_has_bound_is_in_its_lines() -> None:
+    """Batch and trace are bound where a batch runs."""
+    stream = io.StringIO()
+    configure("json", "info", stream)
+    with structlog.contextvars.bound_contextvars(batch=7, trace_id="0" * 32):
+        structlog.get_logger().info("inside")
+    structlog.get_logger().info("outside")
+    inside, outside = lines(stream)
+
+    assert (inside["batch"], inside["trace_id"]) == (7, "0" * 32)
+    assert "batch" not in outside
+
+
+@pytest.mark.parametrize("form", ["json", "ecs"])
+def test_a_traceback_is_part_of_its_line(form: str) -> None:
+    """With the error's type and text beside it, to be searched for."""
+    stream = io.StringIO()
+    configure(form, "info", stream)
+    try:
+        raise KeyError("shelf")
+    except KeyError:
+        structlog.get_logger().exception("failed", route="r")
+    (line,) = lines(stream)
+    error = line["error"] if form == "ecs" else None
+    found = error if isinstance(error, dict) else {
+        "type": line.get("kind"), "message": line.get("error"), "stack_trace": line.get("exception")
+    }  # fmt: skip
+
+    assert (found["type"], found["message"]) == ("KeyError", "'shelf'")
+    assert str(found["stack_trace"]).startswith("Traceback")
+    assert "\n" in str(found["stack_trace"])
+
+
+@pytest.mark.parametrize("form", ["json", "ecs", "console"])
+def test_a_private_error_shows_its_place_and_not_its_words(form: str) -> None:
+    """An error of the record path may quote what a caller has sent, its causes too."""
+    stream = io.StringIO()
+    configure(form, "info", stream)
+    words = ["canary", "one", "two"]
+    try:
+        try:
+            int("-".join(words))
+        except ValueError as error:
+            raise KeyError(*words) from error
+    except KeyError as error:
+        structlog.get_logger().error("answer_not_written", exc_info=error, private=True)
+
+    assert "canary-one" not in stream.getvalue()
+    assert "KeyError" in stream.getvalue()
+    assert "test_telemetry_logs.py" in stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["json", "ecs", "console"])
+def test_a_line_has_a_bound(form: str) -> None:
+    """Container engines cut lines at 16 KiB: what is too long is cut before, and says so."""
+    stream = io.StringIO()
+    configure(form, "info", stream)
+    try:
+        raise ValueError("y" * 1_000_000)
+    except ValueError:
+        structlog.get_logger().exception("failed", error="x" * 1_000_000, ids=["i" * 5] * 10_000)
+    text = stream.getvalue()
+
+    assert len(text) < MAX_TEXT + MAX_TRACE + MAX_ITEMS * 10 + 1000
+    assert "characters left out" in text
+
+
+@pytest.mark.parametrize("form", ["json", "ecs", "console"])
+@pytest.mark.parametrize("value", [2**80, "\ud800", b"\xff\x00", float("inf"), object(), {1: {2: {3}}}])
+def test_no_value_makes_a_log_call_fail(form: str, value: object) -> None:
+    """Nor does it break the line."""
+    stream = io.StringIO()
+    configure(form, "info", stream)
+    structlog.get_logger().warning("odd", reason=value, strange=value)
+
+    assert len(stream.getvalue().splitlines()) == 1
+    stream.getvalue().encode()
+
+
+class Full(io.StringIO):
+    """A disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    """A full disk costs lines, never an answer."""
+    configure("json", "info", Full())
+    structlog.get_logger().error("lost")
+    logging.getLogger("library").error("lost too")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_process_masks_what_it_reads_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Passwords in URLs, in files, and in files that were rotated meanwhile; a thread's end is one line."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    (tmp_path / "password").write_text("canary-first\n")
+    config = parse(
+        """
+        [redis]
+        url = "rediss://user:canary%2Furl@host/0"
+        password_file = "password"
+        [rabbitmq]
+        url = "amqp://u:canary-a@one/, amqp://u:canary-b@two/"
+        [kafka.client]
+        "sasl.password" = "canary-sasl"
+        [log]
+        format = "json"
+        """,
+        base=tmp_path,
+    )
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    configure_process(config, "worker", "w-1", "1.0")
+    log = structlog.get_logger()
+    log.info("before", reason="canary-first canary/url canary%2Furl canary-a canary-b canary-sasl")
+    (tmp_path / "password").write_text("canary-second\n")
+    assert config.current("redis.password") == "canary-second"
+    log.info("after", reason="canary-first canary-second")
+
+    def fail() -> None:
+        raise ValueError("canary-second")
+
+    thread = threading.Thread(target=fail, name="t-1")
+    thread.start()
+    thread.join()
+    found = lines(stream)
+
+    assert "canary" not in stream.getvalue()
+    assert (found[-1]["event"], found[-1]["thread"], found[-1]["error"]) == ("thread_failed", "t-1", "***")
+    assert found[0]["service"] == "inferfleet-worker"
+    assert capsys.readouterr().err == ""

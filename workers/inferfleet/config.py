@@ -241,6 +241,8 @@ class Log(Section, frozen=True):
 
     format: Literal["auto", "json", "ecs", "console"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
+    repeat_lines: Positive = 5
+    repeat_window_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
 
 
 class Config(Section, frozen=True):
@@ -271,6 +273,8 @@ class Config(Section, frozen=True):
     """The file, ``None`` where there was none."""
     secret_files: dict[str, Path] = {}
     """Dotted keys that were given as ``<key>_file``, with the file; see :meth:`current`."""
+    known_secrets: set[str] = set()
+    """Every secret that this process has read, so that none is ever logged; it grows as files are read."""
 
     @property
     def group(self) -> str:
@@ -314,13 +318,17 @@ class Config(Section, frozen=True):
                 value = getattr(section, key)
                 pairs = value.items() if isinstance(value, dict) else [(key, value)]
                 found.update(str(each) for prop, each in pairs if each and tables.secret_name(prop))
+                found.update(*(tables.url_secrets(str(each)) for _, each in pairs if "://" in str(each)))
         return frozenset(found)
 
     def current(self, key: str) -> str:
         """Return the string under a dotted key (``redis.password``), read anew if it was given by file."""
         file = self.secret_files.get(key)
         if file is not None:
-            return tables.read_text(file, f"{key}{FILE_SUFFIX}:").rstrip("\r\n")
+            found = tables.read_text(file, f"{key}{FILE_SUFFIX}:").rstrip("\r\n")
+            if tables.secret_name(key):
+                self.known_secrets.add(found)
+            return found
         section, _, rest = key.partition(".")
         table, _, prop = rest.partition(".")
         value = getattr(getattr(self, section), table)
@@ -334,7 +342,7 @@ SECTIONS: dict[str, type[Section]] = {
         if isinstance(kind, type) and issubclass(kind, Section)
     )
     for field in msgspec.structs.fields(Config)
-    if field.name not in ("base", "path", "secret_files")
+    if field.name not in ("base", "path", "secret_files", "known_secrets")
 }
 
 
@@ -379,6 +387,7 @@ def _assemble(
         path=path if path.is_file() else None,
         secret_files=collected.secret_files,
     )
+    config.known_secrets.update(config.secrets)
     check(config, path)
     return config, _origins(config, collected.sections)
 

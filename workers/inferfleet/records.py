@@ -226,13 +226,15 @@ class Answer(NamedTuple):
 class RowFailure(NamedTuple):
     """One request (``part`` holds just that one) that the model failed, and why.
 
-    ``retryable``: the same request may pass later (the handler says so, a timeout, an OSError).
+    ``retryable``: the same request may pass later (the handler says so, a timeout, an OSError). ``batch`` is
+    the number of the batch in which it failed, ``None`` where that is not known.
     """
 
     part: Requests
     code: Code
     text: str
     retryable: bool = False
+    batch: int | None = None
 
 
 @dataclass(slots=True)

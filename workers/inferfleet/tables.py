@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import inspect
@@ -145,12 +146,19 @@ def _split(text: str) -> list[Any]:
 _SECRET = re.compile(
     r"password|passwd|secret|token|jaas|credential|(?:^|[._])key$|\.pem$|ssl_key", re.IGNORECASE
 )
-_USERINFO = re.compile(r"(?<=://)([^/@\s]*)@")
+# Up to the last "@" before the path: a password may hold one that nobody has escaped.
+_USERINFO = re.compile(r"(?<=://)([^/\s]*)@")
 
 
 def secret_name(key: str) -> bool:
     """Whether a key holds something that must never be printed; its ``_file`` sibling does not."""
     return not key.endswith((FILE_SUFFIX, ".url")) and _SECRET.search(key) is not None
+
+
+def url_secrets(text: str) -> set[str]:
+    """Return the passwords in a text's URLs, as they are written and as they are meant."""
+    written = {found.partition(":")[2] for found in _USERINFO.findall(text)}
+    return {each for found in written if found for each in (found, unquote(found))}
 
 
 def masked(key: str, value: object) -> object:

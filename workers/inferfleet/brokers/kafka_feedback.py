@@ -141,7 +141,7 @@ class KafkaFeedback:
         if fresh:
             self._at |= fresh
             self._consumer.assign([TopicPartition(*part, offset) for part, offset in self._at.items()])
-            log.info("feedback_assigned", reader=self._sought.reader, partitions=len(self._at))
+            log.info("feedback_assigned", reader=self._sought.reader, partition_count=len(self._at))
         missing = sorted(self._topics - {topic for topic, _ in self._at})
         self._stale = f"topic {missing[0]} does not exist or may not be read" if missing else ""
         if missing:

@@ -342,7 +342,7 @@ class KafkaIntake:
     def _refused(self, partitions: list[TopicPartition], error: KafkaError) -> None:
         if error.code() == KafkaError._NO_OFFSET:
             return
-        log.warning("commit_refused", error=error.str(), partitions=len(partitions))
+        log.warning("commit_refused", error=error.str(), partition_count=len(partitions))
         if self._listener is not None:
             self._listener.settle_refused([Stream(p.topic, p.partition) for p in partitions])
 

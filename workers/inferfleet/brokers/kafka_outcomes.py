@@ -104,7 +104,7 @@ class KafkaOutcomes:
             parts = [TopicPartition(self._topic, *each) for each in (*starts.items(), *assigned.items())]
             consumer.assign(parts)
             assigned.update(starts)
-            log.info("outcomes_followed", topic=self._topic, partitions=len(assigned))
+            log.info("outcomes_followed", topic=self._topic, partition_count=len(assigned))
         return bool(assigned)
 
     def _end(self, consumer: Consumer, number: int) -> int:

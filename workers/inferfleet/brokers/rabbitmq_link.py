@@ -361,7 +361,7 @@ def _silence_libraries() -> None:
 def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Hear of exceptions that no task of the library has asked for: a closed channel leaves some."""
     del loop
-    log.debug("rabbitmq_unhandled", message=context.get("message"), error=repr(context.get("exception")))
+    log.debug("rabbitmq_unhandled", reason=context.get("message"), error=repr(context.get("exception")))
 
 
 def _shown(url: str) -> str:

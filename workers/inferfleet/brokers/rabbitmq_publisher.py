@@ -163,7 +163,7 @@ class Publisher:
             except ValueError as error:
                 text = str(error)
             except Exception as error:
-                log.exception("message_not_written", exchange=self.exchange)
+                log.exception("message_not_written", exchange=self.exchange, private=True)
                 self._hears.refused(group, row, Refusal(RefusalKind.LATER, in_one_line(error)))
                 return None
         self._hears.refused(group, row, Refusal(RefusalKind.TOO_LARGE, text))
@@ -230,7 +230,7 @@ class Publisher:
                 where = f"exchange {self.exchange!r} and key {key.decode('utf-8', 'replace')!r}"
                 self._returned[tag] = f"no queue is bound to {where} ({code} {text}); {_MEND}"
                 return
-        log.error("returned_message_unknown", exchange=self.exchange, code=code, text=text)
+        log.error("returned_message_unknown", exchange=self.exchange, code=code, error=text)
 
     def closed(self) -> None:
         """The broker has closed the channel."""

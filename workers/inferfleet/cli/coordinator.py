@@ -90,14 +90,15 @@ def _run(config: Config, patience: Patience) -> None:
     from inferfleet.cli.control import open_store
     from inferfleet.coordinator.process import run
     from inferfleet.coordinator.tokens import TokenBook
-    from inferfleet.telemetry.logs import configure
+    from inferfleet.telemetry.logs import configure_process
 
-    configure(config.log.format, config.log.level, secrets=config.secrets)
+    holder = holder_name()
+    configure_process(config, "coordinator", holder, __version__)
     tokens = config.coordinator.token_file
     if patience.given and tokens:
         patience.until("waiting_for_tokens", lambda: TokenBook(config.base / tokens, time.time))
     with contextlib.closing(open_store(config, STORE_S)) as store:
-        run(_replica(config, store))
+        run(_replica(config, store, holder))
 
 
 def holder_name() -> str:
@@ -106,7 +107,7 @@ def holder_name() -> str:
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _replica(config: Config, store: ControlStore) -> Replica:
+def _replica(config: Config, store: ControlStore, holder: str) -> Replica:
     """Return the parts of this replica; its two addresses are bound."""
     from inferfleet.cli.control import RepositoryCatalogue, route_control
     from inferfleet.cli.feeds import label_feeds
@@ -131,8 +132,8 @@ def _replica(config: Config, store: ControlStore) -> Replica:
     timing = Timing(config.routing.lead_ms, config.routing.barrier_s)
     routes = route_control(config, store)
     rollouts = RolloutControl(store, RepositoryCatalogue(repository), clock)
-    leader = Leader(store, clock, timing, label_feeds(config))
-    leadership = Leadership(store, holder_name(), clock, metrics, leader)
+    leader = Leader(store, clock, timing, label_feeds(config), shown=metrics.rollouts)
+    leadership = Leadership(store, holder, clock, metrics, leader)
     handlers = Handlers(routes, rollouts, store, RepositoryView(repository), pages(), clock.utc_ms)
     exposure = expose(config.coordinator, config.base, time.time)
     admin = AdminServer(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +38,12 @@ class Session:
     def config(self) -> Config:
         """The settings; raises ConfigError."""
         return self._loaded[0]
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What must not be printed, as far as the settings have been read."""
+        loaded = self.__dict__.get("_loaded")
+        return frozenset() if loaded is None else frozenset(loaded[0].known_secrets)
 
     @property
     def origins(self) -> dict[str, str]:
@@ -147,14 +155,30 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            if _debug(ctx) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+            session = ctx.find_object(Session) or Session()
+            if session.debug:
+                sys.excepthook = _shown_without(session.secrets)
                 raise
-            raise click.ClickException(_one_line(error)) from error
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(_without(session.secrets, _one_line(error))) from error
 
 
-def _debug(context: click.Context) -> bool:
-    session = context.find_object(Session)
-    return session is not None and session.debug
+def _shown_without(secrets: Collection[str]) -> Callable[[type[BaseException], BaseException, Any], None]:
+    """Return what prints an error that ends the process, with its traceback and no secret."""
+
+    def show(_kind: type[BaseException], error: BaseException, _trace: Any) -> None:
+        click.echo(_without(secrets, "".join(traceback.format_exception(error))), nl=False, err=True)
+
+    return show
+
+
+def _without(secrets: Collection[str], text: str) -> str:
+    from inferfleet.tables import masked
+
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return str(masked("", text))
 
 
 def _one_line(error: Exception) -> str:

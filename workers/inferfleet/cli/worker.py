@@ -27,7 +27,7 @@ from inferfleet.config import Config, check_supported
 from inferfleet.control_ports import RouteFeed
 from inferfleet.patience import Patience
 from inferfleet.routes import Route
-from inferfleet.telemetry.logs import configure
+from inferfleet.telemetry.logs import configure_process
 from inferfleet.telemetry.metrics import PrometheusMetrics
 from inferfleet.worker.clock import SystemClock
 
@@ -59,7 +59,7 @@ def worker(session: Session, until_idle: float | None, wait_s: float | None) -> 
     """
     config = with_worker_id(session.config)
     check_supported(config)
-    configure(config.log.format, config.log.level, secrets=config.secrets)
+    configure_process(config, "worker", config.worker_id, __version__)
     _limit_threads(config)
     news: SimpleQueue[News] = SimpleQueue()
     patience = Patience(wait_s)
@@ -118,6 +118,7 @@ def _run(
             release=__version__,
         ),
     )
+    metrics.readiness(lambda: running.health().ready)
     _on_signals(running, config.worker.drain_timeout_s)
     with AdminServer(
         config.worker.admin_address,
@@ -128,7 +129,7 @@ def _run(
         resume=joined.pauses.resume,
         serves=lambda name: any(route.name == name for route in joining.routes),
     ) as admin:
-        log.info("worker_started", worker=config.worker_id, version=__version__, admin=admin.address)
+        log.info("worker_started", admin=admin.address)
         try:
             running.run(until_idle)
         finally:

@@ -23,6 +23,8 @@ from inferfleet.coordinator.refusals import RefusedError, refusal_of
 
 log = structlog.get_logger(__name__)
 
+_SUBJECTS = {"name": "route", "id": "rollout"}
+"""How a part of a path is called in the log."""
 THREADS = 8
 WAITING = 64
 JSON = "application/json"
@@ -109,7 +111,7 @@ class Application:
 
 
 def _tell(asked: Asked, found: Found, status: int) -> None:
-    named = dict(found.parts)
+    named = {_SUBJECTS.get(part, part): name for part, name in found.parts.items()}
     log.info("change_answered", by=asked.caller.name, operation=found.endpoint.name, status=status, **named)
 
 

@@ -20,6 +20,7 @@ from inferfleet.coordinator import braking, stepping
 from inferfleet.coordinator.announcing import Timing, activate_ready
 from inferfleet.coordinator.evidence import Feeds, Gathering, evidence_name, is_evidence
 from inferfleet.coordinator.stepping import COORDINATOR, Standing
+from inferfleet.coordinator.watching import Shown, Watching
 from inferfleet.core import rollout as machine
 from inferfleet.core.barrier import Barrier, Verdict, ahead, barrier, clock_fault, pool_of
 from inferfleet.core.rollout import Step
@@ -75,7 +76,8 @@ class _Turn(NamedTuple):
 class Leader:
     """Implements :class:`~inferfleet.coordinator.services.Ticking`. Only one thread may call it.
 
-    ``feeds`` opens labels; without it rollouts that need labels wait for them.
+    ``feeds`` opens labels; without it rollouts that need labels wait for them. ``shown`` exposes how rollouts
+    stand.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Leader:
         timing: Timing | None = None,
         feeds: Feeds | None = None,
         pace: Pace | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -93,6 +96,8 @@ class Leader:
         self._pace = pace or Pace()
         self._lease: Lease | None = None
         self._live: dict[str, _Live] = {}
+        self._ended: dict[str, Standing] = {}
+        self._watching = Watching(shown)
         self._settled_at = 0.0
         self._trim_at = 0.0
         self._told: dict[str, str] = {}
@@ -129,6 +134,9 @@ class Leader:
         self._forget(turn.documents)
         self._fresh |= {name for name in turn.documents if taken_over}
         self._look_at_all(turn)
+        rollouts = [live.rollout for live in self._live.values()]
+        ended = [standing.rollout for standing in self._ended.values()]
+        self._watching.look(rollouts, ended, workers, now_ms)
         self._resume(turn)
         if self._clock.monotonic() >= self._trim_at:
             self._trim_at = self._clock.monotonic() + self._pace.trim_s
@@ -155,7 +163,7 @@ class Leader:
         entry = braking.resumed(name, reason)
         self._store.commit(Change(actor=COORDINATOR.actor, audit=(entry,), lease=turn.lease))
         self._store.resume(name, reason)
-        log.info("route_resumed", route=name, was=reason)
+        log.info("route_resumed", route=name, reason=reason)
 
     def close(self) -> None:
         """Let go of what is read for rollouts."""
@@ -166,6 +174,8 @@ class Leader:
     def _begin(self, lease: Lease) -> None:
         """Forget what an earlier lease has known: another may have gone on meanwhile."""
         self.close()
+        self._ended.clear()
+        self._watching.begin()
         self._lease = lease
         self._settled_at = self._clock.monotonic() + self._pace.settle_s
         self._trim_at = self._clock.monotonic() + self._pace.trim_s
@@ -217,7 +227,7 @@ class Leader:
             self._drop(name)
             if self._told.get(name) != str(error):
                 self._told[name] = str(error)
-                log.exception("rollout_not_stepped", name=name)
+                log.exception("rollout_not_stepped", document=name)
         else:
             self._told.pop(name, None)
 
@@ -230,6 +240,8 @@ class Leader:
     def _forget(self, documents: Mapping[str, Stored]) -> None:
         for name in [name for name in self._live if name not in documents]:
             self._drop(name)
+        for name in [name for name in self._ended if name not in documents]:
+            del self._ended[name]
 
     # One rollout
 
@@ -274,13 +286,17 @@ class Leader:
     def _known(self, turn: _Turn, name: str) -> _Live | None:
         """Return a rollout that goes on, read anew if somebody else has changed it."""
         stored = turn.documents[name]
+        if name in self._ended and self._ended[name].version == stored.version:
+            return None
         live = self._live.get(name)
         if live is not None and live.version == stored.version:
             return live
         rollout = decode_rollout(stored.body)
         if rollout.ended:
             self._drop(name)
+            self._ended[name] = Standing(stored.version, rollout)
             return None
+        self._ended.pop(name, None)
         if live is None:
             kept = turn.documents.get(evidence_name(name))
             gathering = Gathering(rollout, self._store, None if kept is None else kept.body, self._feeds)

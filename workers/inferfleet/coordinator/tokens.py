@@ -157,7 +157,7 @@ class TokenBook:
                     self._tokens = []
                     log.error("token_file_unreadable", error=str(error))
                 else:
-                    log.info("token_file_read_again", tokens=len(self._tokens))
+                    log.info("token_file_read_again", callers=len(self._tokens))
             return self._tokens
 
 

@@ -74,7 +74,7 @@ class RedisOutcomes:
                 troubled = False
             except REDIS_ERRORS as error:
                 if not troubled:
-                    log.warning("outcomes_not_read", route=self._route, error=type(error).__name__)
+                    log.warning("outcomes_not_read", route=self._route, kind=type(error).__name__)
                 troubled = True
                 self._stopping.wait(PAUSE_S)
         if client is not None:

@@ -232,8 +232,10 @@ class RedisResults:
         self._connected_anew = False
         if lost.rows:
             some = [request_id for _, request_id in lost.rows[:10]]
-            routes = dict(lost.by_route)
-            log.error("results_lost", lost=len(lost.rows), checked=lost.checked, routes=routes, ids=some)
+            by_route = [f"{route}={count}" for route, count in lost.by_route.items()]
+            log.error(
+                "results_lost", lost=len(lost.rows), checked=lost.checked, lost_by_route=by_route, ids=some
+            )
             self._news.put(lost)
 
     def _report(self, step: Step, begun_at: float) -> None:

@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = question()
         except Exception:
-            log.exception("admin_answer_failed", path=self.path)
+            log.exception("admin_answer_failed", path=self._path)
             answer = _json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "see the log"})
         self._send(*answer)
 

@@ -140,7 +140,14 @@ class Delivery:
         if len(part) > 1:
             singles = [_pick(answer, [index]) for index in range(len(part))]
             return [each for single in singles for each in self._publish_answers(plan, variant, single)]
-        log.error("answer_not_written", route=plan.name, error=type(error).__name__, exc_info=error)
+        log.error(
+            "answer_not_written",
+            route=plan.name,
+            model=variant.engine.model,
+            version=variant.variant.version,
+            exc_info=error,
+            private=True,
+        )
         text = f"inferfleet could not write the answer ({type(error).__name__})"
         return [RowFailure(part, Code.INTERNAL, text)]
 

@@ -64,6 +64,8 @@ class Engine:
         self.version = version
         self.signature: Signature | None = None
         self.in_flight = 0
+        self.batches = 0
+        """How many it was given so far."""
         self.used_at = 0.0
         """When it was last given a batch, monotonic seconds."""
         self.aside = 0
@@ -89,6 +91,8 @@ class Engine:
     def submit(self, batch: Batch) -> None:
         """Queue a batch; its result arrives as :class:`Finished`."""
         self.in_flight += 1
+        self.batches += 1
+        batch.number = self.batches
         self._jobs.put(batch)
 
     def close(self) -> None:
@@ -160,7 +164,7 @@ class BatchRunner:
         for index in isolation.condemned:
             (part,) = _span(batch.parts, index, index + 1)
             reason = last.get(index, first)
-            result.failures.append(RowFailure(part, *_verdict(reason), _may_pass(reason)))
+            result.failures.append(RowFailure(part, *_verdict(reason), _may_pass(reason), batch.number))
         # A span with a request that fails even alone says nothing about the size that fits.
         sizes = [rows for span, rows in starved if not any(i in range(*span) for i in isolation.condemned)]
         if sizes:
@@ -172,7 +176,13 @@ class BatchRunner:
         if self._max_rows is None or limit < self._max_rows:
             self._max_rows = result.lane_limit = limit
             lane = result.batch.lane
-            log.warning("batch_size_halved", model=lane.model, version=lane.version, limit=limit)
+            log.warning(
+                "batch_size_halved",
+                model=lane.model,
+                version=lane.version,
+                batch=result.batch.number,
+                limit=limit,
+            )
 
     def _limit(self, lane: Lane) -> int:
         limit = max(lane.max_batch_size, 1)

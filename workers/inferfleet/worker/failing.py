@@ -7,8 +7,11 @@ is resumed.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+
+import structlog
 
 from inferfleet.core.retry import RetryAt, RetryPolicy
 from inferfleet.errors import RULES, Code
@@ -22,6 +25,10 @@ from inferfleet.worker.handover import HandOver, carried
 from inferfleet.worker.plan import RoutePlan
 from inferfleet.worker.retries import retry_headers
 from inferfleet.worker.settling import Outcome, OutcomeListener, Settling
+
+log = structlog.get_logger(__name__)
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-")
 
 
 class Failing:
@@ -55,7 +62,7 @@ class Failing:
             part = failure.part
             deadlines = [None if part.deadlines_ms is None else part.deadlines_ms[0]]
             found = failures_of(part, [0], [(failure.code, failure.text)])
-            self.fail(plan, found, retryable=[failure.retryable], deadlines_ms=deadlines)
+            self.fail(plan, found, retryable=[failure.retryable], deadlines_ms=deadlines, batch=failure.batch)
 
     def unread(self, plan: RoutePlan, failures: Failures) -> None:
         """End requests that could not be read."""
@@ -71,8 +78,12 @@ class Failing:
         *,
         retryable: Sequence[bool] | None = None,
         deadlines_ms: Sequence[int | None] | None = None,
+        batch: int | None = None,
     ) -> None:
-        """Give each request its end: another attempt where that may help, else its error outcome."""
+        """Give each request its end: another attempt where that may help, else its error outcome.
+
+        ``batch`` is the number of the batch in which they failed.
+        """
         if not failures.chunk.wanted:
             return
         ended: list[int] = []
@@ -88,7 +99,9 @@ class Failing:
             else:
                 self._delay(plan, failures, index, again)
         if ended:
-            self._end(plan, failures if len(ended) == len(failures.rows) else picked(failures, ended))
+            found = failures if len(ended) == len(failures.rows) else picked(failures, ended)
+            _tell(plan, found, batch)
+            self._end(plan, found)
 
     def _again(
         self, plan: RoutePlan, failures: Failures, index: int, deadline_ms: int | None
@@ -212,6 +225,36 @@ class Failing:
         for code, count in Counter(failures.codes[index] for index in kept).items():
             self._metrics.dead_letters(plan.name, code.value, count)
         self._to.publish(settling, envelopes, rows)
+
+
+def _tell(plan: RoutePlan, failures: Failures, batch: int | None) -> None:
+    """Log what failed, one line for each code; the log itself keeps a flood of such lines short.
+
+    The errors' texts are left out: a handler may have put what a caller sent into its own.
+    """
+    served = failures.served
+    for code, count in Counter(failures.codes).items():
+        fault = RULES[code].fault
+        traces = (
+            trace
+            for trace, each in zip(failures.traces, failures.codes, strict=True)
+            if trace and each is code
+        )
+        trace_id = _trace_id(next(traces, b""))
+        about: dict[str, object] = {"route": plan.name, "code": code.value, "fault": fault, "requests": count}
+        if served is not None:
+            about |= {"model": served.model, "version": served.version}
+        if batch is not None:
+            about["batch"] = batch
+        if trace_id:
+            about["trace_id"] = trace_id
+        (log.warning if fault in ("caller", "time") else log.error)("requests_failed", **about)
+
+
+def _trace_id(traceparent: bytes) -> str:
+    """Return the trace that a request belongs to, ``""`` for what is no W3C trace context."""
+    found = _TRACEPARENT.match(traceparent)
+    return found[1].decode() if found else ""
 
 
 def failures_of(part: Requests, indices: list[int], verdicts: Sequence[tuple[Code, str]]) -> Failures:

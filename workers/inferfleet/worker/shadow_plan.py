@@ -90,5 +90,7 @@ def shadow_plans(
             wishes = limits(route.model, shadow.version)
             found.append(ShadowPlan(route, shadow, revision, engine, wishes, config))
             continue
-        log.warning("shadow_left_out", route=route.name, shadow=shadow.name, version=shadow.version, why=why)
+        log.warning(
+            "shadow_left_out", route=route.name, shadow=shadow.name, version=shadow.version, reason=why
+        )
     return found

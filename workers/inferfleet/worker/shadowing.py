@@ -284,7 +284,15 @@ class Shadowing:
         try:
             (self._shadowed if lane.role == "shadow" else self._repeated)(flight, result)
         except Exception as error:  # no answer of a shadow may end a worker that serves others
-            log.error("shadow_not_compared", route=flight.copies[0].plan.served.route, exc_info=error)
+            served = flight.copies[0].plan.served
+            log.error(
+                "shadow_not_compared",
+                route=served.route,
+                model=served.model,
+                version=served.version,
+                exc_info=error,
+                private=True,
+            )
         return True
 
     def _shadowed(self, flight: _Flight, result: BatchResult) -> None:
@@ -305,10 +313,13 @@ class Shadowing:
         window.failures.add(requests, len(result.failures))
         if window.comparison is None:
             window.comparison = Comparison()
+        before = window.comparison.verdicts
         for pairs in _pairs(flight, result):
             plan.comparer.compare(window.comparison, pairs.ids, pairs.primary, pairs.other)
             if pairs.rows == list(range(flight.batch.rows)):
                 self._ask_again(plan, flight, pairs.other)
+        rows = window.comparison.verdicts.since(before)
+        self._metrics.shadow_rows(plan.served.route, plan.served.version, *rows)
 
     def _ask_again(self, plan: ShadowPlan, flight: _Flight, theirs: Tensors) -> None:
         """Let the answering version answer a share of the requests once more, to know its own noise."""
