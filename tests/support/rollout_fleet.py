@@ -23,6 +23,7 @@ from inferfleet.revisions import Revision
 from inferfleet.rollouts import Rollout, decode_rollout
 from inferfleet.routes import Route, route_of
 from inferfleet.summaries import Comparison, Window
+from inferfleet.telemetry.coordinator import CoordinatorMetrics
 from inferfleet.testing.clock import FakeClock
 
 ROUTE = "digits"
@@ -134,6 +135,7 @@ class RolloutFleet:
         self.control = RolloutControl(self.plane, Shelf(), self.clock)
         self.holder = 0
         self.leader: Leader | None = None
+        self.metrics = CoordinatorMetrics("test")
         self.answered: dict[str, int] = {}
         self.labels: list[tuple[Answered, Label]] = []
         self.plane.commit(
@@ -203,7 +205,9 @@ class RolloutFleet:
     def tick(self) -> None:
         """Let whoever leads take one turn; a leader that there is not yet begins."""
         if self.leader is None:
-            self.leader = Leader(self.store, self.clock, self.timing, self.feeds, self.pace)
+            self.leader = Leader(
+                self.store, self.clock, self.timing, self.feeds, self.pace, self.metrics.rollouts
+            )
         self.leader.tick(self.lease(), self.clock.utc_ms())
 
     def second(self) -> None:

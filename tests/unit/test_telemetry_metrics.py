@@ -80,8 +80,7 @@ def filled() -> PrometheusMetrics:
     metrics.route_revision("8c946b23224b")
     metrics.route_revision_age(0.0)
     metrics.routes_refused(False)
-    metrics.route_adopted("r", 7)
-    metrics.route_refused("r", False)
+    metrics.routes_adopted({"r": 7}, ())
     metrics.model_loading("m", "1")
     metrics.model_loaded("m", "1", True)
     return metrics

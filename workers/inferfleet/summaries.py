@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -130,6 +131,18 @@ class Example(msgspec.Struct):
     shadow: str
 
 
+class Verdicts(NamedTuple):
+    """How many pairs were found to be how far apart."""
+
+    identical: int
+    close: int
+    different: int
+
+    def since(self, before: Verdicts) -> Verdicts:
+        """Return what came after ``before``."""
+        return Verdicts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
 class Comparison(msgspec.Struct):
     """How a shadow's answers compare with the answering version's, over pairs of one kind of output.
 
@@ -169,6 +182,11 @@ class Comparison(msgspec.Struct):
     above: Histogram = msgspec.field(default_factory=Histogram)
     below: Histogram = msgspec.field(default_factory=Histogram)
     examples: list[Example] = []
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """How far apart the pairs so far were."""
+        return Verdicts(self.identical, self.close, self.different)
 
 
 class Window(msgspec.Struct, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from inferfleet.errors import InferfleetError
 from inferfleet.ports import Clock
 from inferfleet.revisions import RouteLog, log_of_table
 from inferfleet.routes import RouteTable
@@ -22,6 +23,7 @@ class FileFeed:
         self._clock = clock
         self._log: RouteLog | None = None
         self._read_at = 0.0
+        self._wrong = ""
 
     def log(self) -> RouteLog:
         """Return the routes as they stood when the file was last read, at most ``READ_EVERY_S`` ago.
@@ -33,15 +35,20 @@ class FileFeed:
         if self._log is not None and now - self._read_at < READ_EVERY_S:
             return self._log
         self._read_at = now
-        table = self._read()
+        try:
+            table = self._read()
+        except InferfleetError as error:
+            self._wrong = str(error)
+            raise
+        self._wrong = ""
         if self._log is None or table.revision != self._log.label:
             self._log = log_of_table(table)
         return self._log
 
     @property
     def stale(self) -> str:
-        """A file is never old: what stands in it is what was asked for."""
-        return ""
+        """Why the file could not be understood when it was last read; what stood in it before goes on."""
+        return self._wrong
 
     def close(self) -> None:
         """There is nothing to let go of."""

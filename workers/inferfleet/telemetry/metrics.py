@@ -6,7 +6,7 @@ a closed list (outcome, stage, code), never from a request. Methods are called p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -57,6 +57,11 @@ class _Children(dict[tuple[str, ...], Metric], Generic[Metric]):
         if self.pop(labels, None) is not None:
             self._metric.remove(*labels)
 
+    def only(self, firsts: Container[str]) -> None:
+        """Expose nothing any longer whose first label is not among ``firsts``."""
+        for labels in [labels for labels in self if labels[0] not in firsts]:
+            self.forget(*labels)
+
 
 class PrometheusMetrics:
     """What a worker reports, on a registry of its own."""
@@ -67,7 +72,6 @@ class PrometheusMetrics:
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self._goals: dict[str, float] = {}
-        self._served: frozenset[str] = frozenset()
         self._define_requests()
         self._define_batches()
         self._define_states()
@@ -211,18 +215,15 @@ class PrometheusMetrics:
         """
         gauges = (
             self._goal, self._in_flight_rows, self._in_flight_bytes, self._lag, self._oldest, self._paused,
-            self._streams, self._adopted, self._refused,
+            self._streams,
         )  # fmt: skip
-        for route in self._served - set(goals):
-            for gauge in gauges:
-                gauge.forget(route)
-        self._served = frozenset(goals)
+        for gauge in gauges:
+            gauge.only(goals)
         self._goals = {route: goal for route, goal in goals.items() if goal is not None}
         for route in goals:
             for counter in (self._records, self._retries, self._redeliveries, self._results_lost):
                 counter[(route,)].inc(0)
-            for gauge in (self._paused, self._refused):
-                gauge[(route,)].inc(0)
+            self._paused[(route,)].inc(0)
             goal = self._goals.get(route)
             if goal is None:
                 self._goal.forget(route)
@@ -329,13 +330,17 @@ class PrometheusMetrics:
         """Whether the newest routes as a whole cannot be read or served; those before go on."""
         self._routes_refused.set(refused)
 
-    def route_adopted(self, route: str, revision: int) -> None:
-        """This revision of a route is served; 0 is one from a file."""
-        self._adopted[(route,)].set(revision)
+    def routes_adopted(self, revisions: Mapping[str, int], refused: Collection[str]) -> None:
+        """These revisions of routes are served, or could be at once; 0 is one from a file.
 
-    def route_refused(self, route: str, refused: bool) -> None:
-        """Whether a route's newest revision cannot be served here; the one before goes on."""
-        self._refused[(route,)].set(refused)
+        Of ``refused`` routes the newest revision cannot be served here; what was served before goes on.
+        """
+        self._adopted.only(revisions)
+        self._refused.only({*revisions, *refused})
+        for route, number in revisions.items():
+            self._adopted[(route,)].set(number)
+        for route in {*revisions, *refused}:
+            self._refused[(route,)].set(route in refused)
 
     def model_loading(self, model: str, version: str) -> None:
         """A version begins to load."""

@@ -268,11 +268,14 @@ class Detached:
                 self._comparers.clear()
             comparer = self._comparers[part.served] = Comparer(outputs)
         window.comparison = window.comparison or Comparison()
+        before = window.comparison.verdicts
         try:
             for alike in self._alike(waiting, window, specs):
                 comparer.compare(window.comparison, *alike)
         except Exception as error:  # their records are settled all the same
             log.error("shadow_not_compared", route=part.served.route, exc_info=error, private=True)
+        rows = window.comparison.verdicts.since(before)
+        self._metrics.shadow_rows(waiting.plan.route.shadow_of or "", part.served.version, *rows)
 
     def _alike(
         self, waiting: _Waiting, window: Window, specs: dict[str, TensorSpec]

@@ -301,7 +301,7 @@ class Worker:
                     "routes_refused", error=f"the log goes back to {found.head}", kept=self._adopting.label
                 )
             return False
-        self._refused_at = None
+        self._refused_at = self._declined = None
         self._adopting.found(found)
         return True
 
@@ -317,9 +317,16 @@ class Worker:
             except InferfleetError as error:
                 self._refused_at = now
                 log.error("routes_refused", error=str(error), kept=self._adopting.label)
+        self._show()
         self._tell()
         self._want(now_ms)
         self._versions.retire()
+
+    def _show(self) -> None:
+        """Let the metrics say how far the routes are followed."""
+        metrics, adopting = self._to.metrics, self._adopting
+        metrics.routes_refused(self._refused_at is not None or self._declined is not None)
+        metrics.routes_adopted(adopting.adopted, adopting.refused)
 
     def _tell(self) -> None:
         """Say once what is not served as its newest revision wants, and why."""
