@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -66,7 +67,8 @@ class DiskCopy:
             head.hash,
             {name: [each.body.decode() for each in kept] for name, kept in routes.kept.items()},
         )
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}.new")
+        # Workers in containers have the same process id each, and may share the folder.
+        fresh = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with fresh.open("wb") as file:

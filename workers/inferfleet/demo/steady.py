@@ -90,7 +90,8 @@ def read_samples(folder: Path, routes: Sequence[str]) -> Iterator[Sample]:
         except OSError as error:
             raise ConfigError(f"samples of route {route}: {error.filename}: {error.strerror}") from None
         told = [json.loads(line) for line in lines]
-        turns.append(cycle(Sample(route, json.dumps(each["body"]).encode(), each["label"]) for each in told))
+        samples = [Sample(route, json.dumps(each["body"]).encode(), each["label"]) for each in told]
+        turns.append(cycle(samples))
     for turn in cycle(turns):
         yield next(turn)
 
