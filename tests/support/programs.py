@@ -136,6 +136,15 @@ def _of_prometheus(name: str) -> str:
     return found
 
 
+def rsyslogd() -> str:
+    """Return rsyslog, which brings logs to Elasticsearch by a module of a package of its own."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    found = shutil.which("rsyslogd", path=path)
+    if found is None or not any(Path("/usr/lib").glob("**/rsyslog/omelasticsearch.so")):
+        raise MissingServerError("rsyslog: rsyslogd and omelasticsearch; install rsyslog-elasticsearch")
+    return found
+
+
 def install_missing() -> list[str]:
     """Install what may be installed here; return one line for every server that still cannot be had."""
     wanted: list[tuple[str | None, Callable[[], object]]] = [
@@ -146,6 +155,7 @@ def install_missing() -> list[str]:
         ("nodejs", node),
         ("prometheus", prometheus),
         ("prometheus", promtool),
+        ("rsyslog-elasticsearch", rsyslogd),
     ]
     missing: list[str] = []
     for package, locate in wanted:
