@@ -216,6 +216,7 @@ def _wrong() -> list[Thing]:
             "Dead letters by route and code. `inferfleet dlt list` shows them, `redrive` sends them again.",
             units.RecordsPerSecond,
             Query(f"sum by (route, code) (rate(inferfleet_dead_letters_total{RATE}))", "{{route}} {{code}}"),
+            span=6,
             link=TO_ROUTE,
         ),
         series(
@@ -223,6 +224,7 @@ def _wrong() -> list[Thing]:
             "Requests that get another attempt later, because their failure may pass.",
             units.RequestsPerSecond,
             Query(f"sum by (route) (rate(inferfleet_retries_total{RATE}))", "{{route}}"),
+            span=6,
             link=TO_ROUTE,
         ),
         series(
@@ -232,7 +234,19 @@ def _wrong() -> list[Thing]:
             units.RequestsPerSecond,
             Query(f"sum by (route) (rate(inferfleet_redeliveries_total{RATE}))", "{{route}} came again"),
             Query(f"sum by (route) (rate(inferfleet_results_lost_total{RATE}))", "{{route}} results lost"),
+            span=6,
             link=TO_ROUTE,
+        ),
+        series(
+            "Cannot be served",
+            "On how many workers the newest routes, a route's newest revision or a version is refused. What"
+            " was served before goes on; the log says why.",
+            units.Short,
+            Query("sum(inferfleet_routes_refused)", "all routes"),
+            Query("sum by (route) (inferfleet_route_refused)", "route {{route}}"),
+            Query("sum by (model, version) (inferfleet_model_refused)", "version {{model}} {{version}}"),
+            span=6,
+            limits=[(1, RED)],
         ),
     ]
 

@@ -92,7 +92,7 @@ def _now() -> list[Thing]:
         ),
         number(
             "Last end",
-            "How the route's last rollout ended. `inferfleet rollout list` says why.",
+            "How the route's last rollout ended. `inferfleet rollout status` says why.",
             units.NoUnit,
             Query(
                 f"topk(1, max by (outcome) (inferfleet_rollout_ended_timestamp_seconds{{{ROUTE}}}))",
@@ -134,19 +134,29 @@ def _course() -> list[Thing]:
             "When the rollout was in which phase.",
             Query(f"max by (phase) (inferfleet_rollout_phase{{{ROUTE}}})", "{{phase}}"),
             names=PHASE,
+            span=6,
         ),
         series(
-            "Share of keys",
+            "Planned share of keys",
             "Which part of the route's keys the new version answers, step by step.",
             units.Percent,
             Query(f"max(inferfleet_rollout_percent{{{ROUTE}}})", "planned"),
+            span=6,
             most=100,
+        ),
+        states(
+            "Holds",
+            "What held the rollout, and when. `inferfleet rollout status` says it in words.",
+            Query(f"max by (kind) (inferfleet_rollout_hold{{{ROUTE}}})", "{{kind}}"),
+            names=HOLD,
+            span=6,
         ),
         series(
             "Ended",
             "Rollouts of the route that ended, counted since a coordinator began to lead.",
             units.Short,
             Query(f"sum by (outcome) (inferfleet_rollouts_ended_total{{{ROUTE}}})", "{{outcome}}"),
+            span=6,
         ),
     ]
 

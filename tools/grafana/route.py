@@ -283,17 +283,33 @@ def _batches() -> list[Thing]:
                 f" / {lanes} (rate(inferfleet_batch_rows_count{{{LANE}}}{RATE}))",
                 name,
             ),
+            span=6,
         ),
         series(
             "Time in the model",
             "95th percentile of a batch's time in the model.",
             units.Seconds,
             Query(quantile(0.95, "inferfleet_batch_seconds", LANE, "model", "version"), name, exemplar=True),
+            span=6,
         ),
         series(
             "Waiting for a batch",
             "Rows that were read and steered and wait for their version's next batch.",
             units.Short,
             Query(f"{lanes} (inferfleet_queue_rows{{{LANE}}})", name),
+            span=6,
+        ),
+        series(
+            "Padding",
+            "Mean share of a batch that filling up to its longest request would be, for models whose batches"
+            " are sorted by length (texts).",
+            units.PercentUnit,
+            Query(
+                f"{lanes} (rate(inferfleet_padding_ratio_sum{{{LANE}}}{RATE}))"
+                f" / {lanes} (rate(inferfleet_padding_ratio_count{{{LANE}}}{RATE}))",
+                name,
+            ),
+            span=6,
+            most=1,
         ),
     ]
