@@ -1,8 +1,8 @@
 """JSON Schemas of the kinds that KEDA and the Prometheus operator add, as far as our manifests use them.
 
-Written here, by the fields that KEDA 2.16 to 2.19 and prometheus-operator 0.80 and newer document: whatever is
-not listed is refused, so a misspelt key is found. What the operators take over from Kubernetes' own kinds, a
-Job's description and an autoscaler's behaviour, is checked against those by whoever calls this.
+Written here, by the fields that KEDA 2.16 to 2.19 and prometheus-operator 0.80 and newer document: what is
+not listed is refused, so a misspelt key is found. What the operators take over from Kubernetes' own kinds,
+a Job's description and an autoscaler's behaviour, is checked against those by whoever calls this.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import yaml
 from tests.support.programs import REPOSITORY, MissingServerError
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
-OVERLAYS = ("base", "overlays/kafka-keda", "overlays/rabbitmq-keda", "overlays/job")
+OVERLAYS = ("base", *(f"overlays/{name}" for name in ("kafka-keda", "rabbitmq-keda", "job", "gpu")))
 NAMESPACE = "inferfleet"
 
 Manifest = dict[str, Any]

@@ -176,15 +176,21 @@ def test_the_check_of_pod_security_bites(base: Rendered, path: str) -> None:
 
 
 def test_selectors_find_what_they_mean(rendered: Rendered) -> None:
-    """Selectors of workloads tell them apart; budgets, monitors and the Service find one workload each."""
+    """Selectors of workloads tell them apart; budgets and the Service find one, monitors all of a kind."""
     workloads = rendered.workloads
     for each in rendered.of("Deployment"):
         found = [other.name for other in workloads if selects(each["spec"]["selector"], other.labels)]
         assert found == [each["metadata"]["name"]]
         assert each["spec"]["selector"].keys() == {"matchLabels"}
-    for each in rendered.of("PodDisruptionBudget", "PodMonitor"):
+    for each in rendered.of("PodDisruptionBudget"):
         found = [other.name for other in workloads if selects(each["spec"]["selector"], other.labels)]
         assert found == [each["metadata"]["name"]]
+    for each in rendered.of("PodMonitor"):
+        component = {"app.kubernetes.io/component": each["metadata"]["name"]}
+        for other in workloads:
+            assert selects(each["spec"]["selector"], other.labels) == (
+                component.items() <= other.labels.items()
+            )
     (service,) = rendered.of("Service")
     behind = [
         each for each in workloads if selects({"matchLabels": service["spec"]["selector"]}, each.labels)
@@ -238,8 +244,11 @@ def test_network_policies_close_everything_and_open_what_is_there(rendered: Rend
 
 def test_images_are_of_this_version(rendered: Rendered) -> None:
     """Every image is one of ours with the project's own version as its tag."""
+    names = {"worker-onnx", "coordinator"} | (
+        {"worker-torch"} if rendered is render("overlays/gpu") else set()
+    )
     images = {each.container["image"] for each in rendered.workloads}
-    assert images == {f"inferfleet/worker-onnx:{VERSION}", f"inferfleet/coordinator:{VERSION}"}
+    assert images == {f"inferfleet/{name}:{VERSION}" for name in names}
 
 
 def test_what_is_mounted_is_there(rendered: Rendered) -> None:
@@ -293,3 +302,16 @@ def test_a_jobs_worker_is_the_same_worker(base: Rendered) -> None:
     assert job.container["args"][:-2] == deployment.container["args"]
     assert job.container["args"][-2] == "--until-idle"
     assert job.pod["restartPolicy"] == "OnFailure"
+
+
+def test_a_pool_on_gpus_is_a_pool_of_its_own() -> None:
+    """Its name, its label and its device differ; no update wants two GPUs where one is."""
+    rendered = render("overlays/gpu")
+    ours, other = rendered.workload("worker-gpu"), rendered.workload("worker")
+    assert ours.environment["INFERFLEET__WORKER__POOL"] == ours.labels["inferfleet/pool"] == "gpu"
+    assert ours.environment["INFERFLEET__WORKER__DEVICE"] == "cuda"
+    assert "INFERFLEET__WORKER__POOL" not in other.environment
+    assert other.labels["inferfleet/pool"] == "default"
+    assert ours.container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert ours.manifest["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert ours.mounted() == other.mounted()
