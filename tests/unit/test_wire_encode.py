@@ -18,6 +18,7 @@ from inferfleet.records import Answer, AnswerForm, Array, Requests, Served, Sign
 from inferfleet.wire.encode import AnswerWriter, error_body, error_headers, ok_headers, served_header
 from inferfleet.wire.headers import check_id
 from tests.support.builders import chunk, requests
+from tests.support.traces import TRACE
 
 SERVED = served_header(Served("digits", "m", "2", "canary", "17"), "w-3")
 
@@ -220,24 +221,24 @@ def test_an_error_body_has_four_members(code: Code) -> None:
 
 def test_headers_are_few_and_in_text() -> None:
     """Three on a plain answer; more only where something is to be said."""
-    part = _part(2, traces=[None, b"00-ab"])
+    part = _part(2, traces=[None, TRACE])
     assert SERVED == (
         "inferfleet-served",
         b"route=digits;model=m;version=2;variant=canary;revision=17;worker=w-3",
     )
     plain, traced = ok_headers(part, SERVED)
     assert plain == [("inferfleet-id", b"id-100"), ("inferfleet-status", b"ok"), SERVED]
-    assert traced[3:] == [("traceparent", b"00-ab")]
+    assert traced[3:] == [("traceparent", TRACE)]
     assert ok_headers(part, SERVED, [b"10", b"11"])[1][3:] == [
         ("content-type", b"application/octet-stream"),
         ("inference-header-content-length", b"11"),
-        ("traceparent", b"00-ab"),
+        ("traceparent", TRACE),
     ]
-    assert error_headers("i", Code.SHAPE, SERVED, b"00-ab") == [
+    assert error_headers("i", Code.SHAPE, SERVED, TRACE) == [
         ("inferfleet-id", b"i"),
         ("inferfleet-status", b"error"),
         ("inferfleet-code", b"E_SHAPE"),
         SERVED,
-        ("traceparent", b"00-ab"),
+        ("traceparent", TRACE),
     ]
     assert len(error_headers("i", Code.SHAPE, SERVED, None)) == 4

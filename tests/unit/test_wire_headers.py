@@ -9,6 +9,7 @@ import pytest
 from inferfleet.records import Headers, TensorSpec
 from inferfleet.wire.headers import MAX_HEADER_BYTES, MAX_HEADERS
 from tests.support.builders import by_row, chunk, codes, decoder, signature, v2
+from tests.support.traces import TRACE
 
 DECODER = decoder(signature(TensorSpec("x", "FP32", (4,))))
 BODY = v2([1, 2, 3, 4], [1, 4], request_id="in-body")
@@ -124,10 +125,10 @@ def test_columns_are_there_only_where_a_record_fills_them() -> None:
     assert (part.deadlines_ms, part.replies, part.traces, part.priority) == (None, None, None, 5)
     (part,) = _read(
         None,
-        [("inferfleet-reply", b"client-1"), ("traceparent", b"00-ab"), ("inferfleet-deadline-ms", b"9")],
+        [("inferfleet-reply", b"client-1"), ("traceparent", TRACE), ("inferfleet-deadline-ms", b"9")],
     ).requests
     assert part.replies == [None, "client-1"]
-    assert part.traces == [None, b"00-ab"]
+    assert part.traces == [None, TRACE]
     assert part.deadlines_ms == [None, 9]
 
 
@@ -142,13 +143,13 @@ def test_priorities_split_into_columns_of_their_own() -> None:
 def test_a_refused_record_keeps_its_reply_stream_and_trace_where_they_are_sound() -> None:
     """The client that waits must hear of the failure."""
     decoded = _read(
-        [("inferfleet-priority", b"0"), ("inferfleet-reply", b"me"), ("traceparent", b"00-ab")],
+        [("inferfleet-priority", b"0"), ("inferfleet-reply", b"me"), ("traceparent", TRACE)],
         [("inferfleet-reply", b"a b"), ("inferfleet-id", b"named")],
         [("inferfleet-id", b"a b"), ("inferfleet-reply", b"me")],
         [("inferfleet-reply", b"me"), *[("h", b"")] * 10_000],
     )
     assert decoded.rejected is not None
     assert decoded.rejected.replies == ["me", None, "me", "me"]
-    assert decoded.rejected.traces == [b"00-ab", None, None, None]
+    assert decoded.rejected.traces == [TRACE, None, None, None]
     assert decoded.rejected.ids == ["in-body", "named", None, "in-body"]
     assert all(len(text) < 200 for text in decoded.rejected.texts)

@@ -31,6 +31,7 @@ from inferfleet.worker.delivery import Settling
 from inferfleet.worker.plan import RoutePlan
 from tests.support.builders import chunk, requests
 from tests.support.outlets import Published, ScriptedOutlet, delivery, route_plan
+from tests.support.traces import TRACE
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (4,)),), (TensorSpec("y", "FP32", (2,)),))
 DLT = "digits.requests.inferfleet.default.dlt"
@@ -144,7 +145,7 @@ def test_a_store_that_is_away_keeps_its_records_open() -> None:
 def test_an_answer_carries_key_body_and_headers() -> None:
     """The key is the request's, the id is in body and header, the trace goes on."""
     bench = Bench(BOTH)
-    bench.answer(bench.part(1, traces=[b"00-ab"]), [[0.5, 1.5]])
+    bench.answer(bench.part(1, traces=[TRACE]), [[0.5, 1.5]])
     bench.finish()
     (sent,) = bench.outlet.to("out")
     assert sent.key == b"key-0"
@@ -159,7 +160,7 @@ def test_an_answer_carries_key_body_and_headers() -> None:
         ("inferfleet-id", b"id-100"),
         ("inferfleet-status", b"ok"),
         ("inferfleet-served", served),
-        ("traceparent", b"00-ab"),
+        ("traceparent", TRACE),
     ]
     stored = bench.store.results["digits", "id-100"]
     assert stored.ttl_s == 3600
@@ -258,7 +259,7 @@ def test_every_failed_request_has_one_error_a_topic_and_a_dead_letter_by_the_tab
     """The original record is untouched in the dead letter; ours stands behind it."""
     bench = Bench(("kafka:out", "kafka:copy", "redis"))
     of = chunk([b"\xffraw", None], [[("own", b"1"), ("inferfleet-code", b"forged")], None], keys=[None, b"k"])
-    failures = Failures(of, [0, 1], ["a", None], [code] * 2, ["why", "no"], [None, "me"], [b"00-ab", None])
+    failures = Failures(of, [0, 1], ["a", None], [code] * 2, ["why", "no"], [None, "me"], [TRACE, None])
     bench.delivery.fail(bench.plan, failures)
     bench.finish()
     for topic in ("out", "copy"):
@@ -270,7 +271,7 @@ def test_every_failed_request_has_one_error_a_topic_and_a_dead_letter_by_the_tab
             "retryable": RULES[code].retryable,
         }
         assert first.header("inferfleet-status") == b"error"
-        assert first.header("traceparent") == b"00-ab"
+        assert first.header("traceparent") == TRACE
         assert second.header("inferfleet-id") == b"digits.requests-3-101"
         assert (first.key, second.key) == (None, b"k")
     assert set(bench.store.results) == {("digits", "a"), ("digits", "digits.requests-3-101")}
@@ -446,7 +447,7 @@ def test_an_answer_that_is_too_large_for_its_topic_becomes_an_error_there() -> N
     """One error on each topic that refused, one dead letter in all, and the trace goes on."""
     bench = Bench(("kafka:out", "kafka:copy", "kafka:large"))
     outlet = bench.outlet
-    bench.answer(bench.part(1, traces=[b"00-ab"]))
+    bench.answer(bench.part(1, traces=[TRACE]))
     outlet.refusing = {"out": RefusalKind.TOO_LARGE, "copy": RefusalKind.TOO_LARGE}
     outlet.confirm_some()
     assert bench.rows == []
@@ -457,7 +458,7 @@ def test_an_answer_that_is_too_large_for_its_topic_becomes_an_error_there() -> N
     assert bench.codes(DLT) == ["E_RESULT_TOO_LARGE"]
     error = outlet.to("out")[0]
     assert json.loads(error.value or b"")["id"] == "id-100"
-    assert error.header("traceparent") == b"00-ab"
+    assert error.header("traceparent") == TRACE
     assert bench.rows == [0]
     assert bench.outcomes == {"E_RESULT_TOO_LARGE": 1}
 

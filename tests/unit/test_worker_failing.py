@@ -34,6 +34,7 @@ from inferfleet.worker.retries import OURS
 from inferfleet.worker.settling import Settling
 from tests.support.builders import chunk, messages, requests
 from tests.support.outlets import Published, ScriptedOutlet, delivery, route_plan
+from tests.support.traces import TRACE
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (4,)),), (TensorSpec("y", "FP32", (2,)),))
 DELAYS = (1_000, 10_000)
@@ -287,8 +288,8 @@ def test_an_attempt_that_is_too_large_for_its_topic_ends_as_the_failure_it_was(
     """Under its own code, id and version, told wherever an error is told, its waiting client included."""
     bench = Bench(("kafka:out", "redis"))
     bench.outlet.refusing[RETRIES[0]] = RefusalKind.LATER if parked_first else RefusalKind.TOO_LARGE
-    of = chunk([b"body"], [[("Traceparent", b"00-ab")]])
-    bench.fail(code, of=of, replies=["me"], traces=[b"00-ab"])
+    of = chunk([b"body"], [[("Traceparent", TRACE)]])
+    bench.fail(code, of=of, replies=["me"], traces=[TRACE])
     if parked_first:
         bench.outlet.refusing[RETRIES[0]] = RefusalKind.TOO_LARGE
         bench.delivery.retry_parked(bench.clock.monotonic(), force=True)
@@ -299,7 +300,7 @@ def test_an_attempt_that_is_too_large_for_its_topic_ends_as_the_failure_it_was(
     assert (body["id"], body["code"]) == ("id-100", code.value)
     assert body["error"] == "no; it is too large for another attempt"
     assert error.header("inferfleet-id") == b"id-100"
-    assert error.header("traceparent") == b"00-ab"
+    assert error.header("traceparent") == TRACE
     assert b"version=1" in (error.header("inferfleet-served") or b"")
     assert bench.only(DLT).header("inferfleet-attempt") == b"1"
     (reply,) = bench.store.replies["me"]

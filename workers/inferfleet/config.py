@@ -245,6 +245,17 @@ class Log(Section, frozen=True):
     repeat_window_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
 
 
+class Traces(Section, frozen=True):
+    """Whether a worker records the way of sampled requests, and where to.
+
+    ``sample_ratio`` is the share of requests without a trace of their own for which one begins.
+    """
+
+    exporter: Literal["off", "otlp"] = "off"
+    endpoint: str = ""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
 class Config(Section, frozen=True):
     """All settings of a process, plus where they came from (``base``, ``path``, ``secret_files``)."""
 
@@ -267,6 +278,7 @@ class Config(Section, frozen=True):
     dlt: Dlt = Dlt()
     names: Names = Names()
     log: Log = Log()
+    traces: Traces = Traces()
     base: Path = Path()
     """The folder that relative paths start at: the file's own."""
     path: Path | None = None

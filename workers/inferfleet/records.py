@@ -75,7 +75,8 @@ class Requests:
     ``rows`` are ascending indices into the chunk's columns. ``tensors`` maps an input's name to an array
     of shape ``[total_rows, *row shape]``; ``row_counts`` says how many of those rows belong to each
     request (``None``: one each). ``deadlines_ms`` are epoch milliseconds (``None``: nobody set one).
-    ``costs`` is the size that length-sorted batching sorts by (``None``: all alike).
+    ``costs`` is the size that length-sorted batching sorts by (``None``: all alike). ``traces`` are those of
+    :mod:`inferfleet.trace_context` (``None``: nobody named one).
     """
 
     chunk: Chunk

@@ -23,6 +23,7 @@ from inferfleet.cli.outcomes import open_outcomes
 from inferfleet.cli.patience import wait_option
 from inferfleet.cli.slot import with_worker_id
 from inferfleet.cli.starting import wait_for_all
+from inferfleet.cli.tracing import open_traces
 from inferfleet.config import Config, check_supported
 from inferfleet.control_ports import RouteFeed
 from inferfleet.patience import Patience
@@ -92,6 +93,7 @@ def _run(
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     metrics = PrometheusMetrics(__version__, config.worker_id)
+    traces, close_traces = open_traces(config)
     clock = SystemClock()
     models = RepositoryModels(config)
     joining = Joining(config, routes, models, news, metrics, clock)
@@ -115,6 +117,7 @@ def _run(
             open=joining.open,
             strict=config.routes.source != "fleet",
             outcomes=partial(open_outcomes, config),
+            traces=traces,
             release=__version__,
         ),
     )
@@ -134,6 +137,7 @@ def _run(
             running.run(until_idle)
         finally:
             joined.close()
+            close_traces()
 
 
 def _on_signals(running: Worker, drain_timeout_s: float) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from inferfleet.datatypes import bf16_to_fp32
 from inferfleet.errors import RULES, Code
 from inferfleet.records import Answer, Array, Header, Requests, Served, Signature, TensorSpec
+from inferfleet.trace_context import headers_of_trace
 from inferfleet.wire import headers as names
 
 _ENCODER = msgspec.json.Encoder()
@@ -147,7 +148,7 @@ def ok_headers(part: Requests, served: Header, lengths: list[bytes] | None = Non
     if part.traces is not None:
         for headers, trace in zip(made, part.traces, strict=True):
             if trace is not None:
-                headers.append((names.TRACEPARENT, trace))
+                headers += headers_of_trace(trace)
     return made
 
 
@@ -160,7 +161,7 @@ def error_headers(request_id: str, code: Code, served: Header, trace: bytes | No
         served,
     ]
     if trace is not None:
-        headers.append((names.TRACEPARENT, trace))
+        headers += headers_of_trace(trace)
     return headers
 
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from inferfleet.errors import Code, RequestError
 from inferfleet.records import Header, Headers
+from inferfleet.trace_context import TRACEPARENT as TRACEPARENT
+from inferfleet.trace_context import TRACESTATE as TRACESTATE
+from inferfleet.trace_context import trace_of
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32_768
@@ -34,7 +37,6 @@ PROTOCOL = "inferfleet-protocol"
 CONTENT_TYPE = "content-type"
 CONTENT_ENCODING = "content-encoding"
 JSON_LENGTH = "inference-header-content-length"
-TRACEPARENT = "traceparent"
 UNREADABLE = "inferfleet-unreadable"
 """Set by an intake in place of headers that the client library could not decode."""
 
@@ -157,7 +159,7 @@ def _read(record: list[Header]) -> Meta:
         _deadline(found),
         _priority(found),
         _reply(found),
-        found.get(TRACEPARENT),
+        trace_of(found.get(TRACEPARENT), found.get(TRACESTATE)) if TRACEPARENT in found else None,
         _text(found, "mlserver-model") if "mlserver-model" in found else None,
         _text(found, "mlserver-version") if "mlserver-version" in found else None,
     )
@@ -177,7 +179,7 @@ def _salvage(record: list[Header]) -> Meta:
         reply = _reply(found)
     except RequestError:
         reply = None
-    return Meta(id=request_id, reply=reply, trace=found.get(TRACEPARENT))
+    return Meta(id=request_id, reply=reply, trace=trace_of(found.get(TRACEPARENT), found.get(TRACESTATE)))
 
 
 def _text(found: dict[str, bytes | None], name: str) -> str:

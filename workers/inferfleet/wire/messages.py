@@ -87,7 +87,7 @@ REQUEST_HEADERS = (
     ),
     HeaderRule(names.REPLY, "The client's reply stream in Redis.", r"[A-Za-z0-9_.-]{1,64}"),
     HeaderRule(names.TRACEPARENT, "W3C trace context; goes on to the outcome.", _TRACE),
-    HeaderRule("tracestate", "W3C trace context.", _TRACE),
+    HeaderRule(names.TRACESTATE, "W3C trace context; goes on beside it.", _TRACE),
     HeaderRule(names.PROTOCOL, "The protocol of the body; only v2 is spoken.", r"v2|2"),
     HeaderRule("ce_specversion", "The version of CloudEvents that the sender speaks.", r"1\.0|0\.3"),
     HeaderRule(names.CONTENT_ENCODING, "Bodies are never compressed.", r"(identity)?"),
@@ -125,7 +125,12 @@ OUTCOME_HEADERS = (
         "binary",
     ),
     HeaderRule(names.JSON_LENGTH, "Bytes of the JSON part.", _NATURAL, "binary"),
-    HeaderRule(names.TRACEPARENT, "The request's, when it had one.", _TRACE),
+    HeaderRule(
+        names.TRACEPARENT,
+        "The request's, when it had one that is valid; its span is the worker's own where that was recorded.",
+        _TRACE,
+    ),
+    HeaderRule(names.TRACESTATE, "The request's, beside traceparent.", _TRACE),
 )
 
 DEAD_LETTER_HEADERS = (

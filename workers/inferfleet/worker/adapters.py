@@ -10,6 +10,7 @@ from inferfleet.control_ports import Reporter, RouteFeed
 from inferfleet.ports import Clock, CrashMarks, Intake, OutcomeFeed, Outlet, PauseBoard, ResultOutlet
 from inferfleet.routes import Route
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.telemetry.traces import NO_TRACES, Traces
 from inferfleet.worker.engine import News
 from inferfleet.worker.versions import Models
 
@@ -51,5 +52,7 @@ class Adapters:
     """Whether the start fails where a version does not load; else its route waits, and the others serve."""
     outcomes: Callable[[Route], OutcomeFeed] | None = None
     """Opens what the primary of a detached shadow answers; raises ConfigError where it cannot be read."""
+    traces: Traces = NO_TRACES
+    """Who records the way of sampled requests."""
     release: str = ""
     """What this worker says that it is a release of."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from inferfleet.core.cost import padding
+from inferfleet.errors import Code
 from inferfleet.ports import Clock
-from inferfleet.records import BatchResult
+from inferfleet.records import Batch, BatchResult
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.telemetry.traces import Ended, Traces
+from inferfleet.trace_context import first_sampled, is_sampled, trace_id
 from inferfleet.worker.settling import Settling
 
 
 class Counting:
-    """Tells the metrics of batches and outcomes; owned by the worker loop's thread."""
+    """Tells metrics and traces of batches and outcomes; owned by the worker loop's thread."""
 
-    def __init__(self, metrics: PrometheusMetrics, clock: Clock) -> None:
+    def __init__(self, metrics: PrometheusMetrics, traces: Traces, clock: Clock) -> None:
         self._metrics = metrics
+        self._traces = traces
         self._clock = clock
 
     def batch(self, result: BatchResult) -> float:
@@ -24,7 +30,10 @@ class Counting:
         now = self._clock.monotonic()
         batch, lane = result.batch, result.batch.lane
         filling = padding(batch.parts) if batch.parts[0].costs is not None else None
-        self._metrics.batch(lane.model, lane.version, lane.role, batch.rows, result.seconds, filling)
+        named = (lane.model, lane.version, lane.role)
+        self._metrics.batch(*named, batch.rows, result.seconds, filling, _sampled_in(batch))
+        if self._traces.on:
+            self._traces.batch(result, self._clock.utc_ms() * 1_000_000)
         if batch.since:
             self._metrics.stage("gather", max(0.0, now - result.seconds - batch.since))
         self._metrics.stage("predict", result.seconds)
@@ -35,7 +44,9 @@ class Counting:
         self._metrics.stage("write", self._clock.monotonic() - since)
 
     def outcomes(self, settling: Settling) -> None:
-        """Count outcomes that every outlet has confirmed."""
+        """Count outcomes, or the records of further attempts, that every outlet has confirmed."""
+        if self._traces.on and settling.traces is not None:
+            self._traces.ended(*self._ended(settling, settling.traces))
         for (version, variant, outcome), count in settling.outcomes.items():
             self._metrics.outcomes(settling.plan.name, version, variant, outcome, count)
 
@@ -47,7 +58,48 @@ class Counting:
         seconds: npt.NDArray[np.float64] = (now_ms - np.array(timestamps)) / 1000
         served = settling.served
         named = ("", "") if served is None else (served.version, served.variant)
-        self._metrics.request_seconds(settling.plan.name, seconds, *named)
+        trace, at = (None, 0) if settling.traces is None else _shown(settling.traces, seconds)
+        self._metrics.request_seconds(settling.plan.name, seconds, *named, trace=trace, at=at)
         if settling.given_at:
             self._metrics.stage("hand_over", self._clock.monotonic() - settling.given_at)
         return seconds
+
+    def _ended(self, settling: Settling, traces: Sequence[bytes | None]) -> tuple[Ended, int, int]:
+        """Return requests for their traces, and the epoch nanoseconds from when to when they were here."""
+        codes: Sequence[Code | None] | None = settling.codes
+        if settling.replaced:
+            codes = [settling.replaced.get(row) for row in settling.rows]
+        end_ns = self._clock.utc_ms() * 1_000_000
+        here_ns = round((self._clock.monotonic() - settling.chunk.taken_at) * 1e9)
+        ended = Ended(
+            settling.chunk,
+            settling.rows,
+            settling.ids,
+            traces,
+            settling.plan.name,
+            settling.served,
+            codes,
+            again=not settling.outcomes,
+        )
+        return ended, end_ns - max(0, here_ns), end_ns
+
+
+def _sampled_in(batch: Batch) -> str | None:
+    """Return the id of a trace that its caller records and that has a request in this batch, if any has."""
+    for part in batch.parts:
+        if part.traces is not None:
+            index = first_sampled(part.traces)
+            trace = None if index is None else part.traces[index]
+            if trace is not None:
+                return trace_id(trace)
+    return None
+
+
+def _shown(traces: Sequence[bytes | None], seconds: npt.NDArray[np.float64]) -> tuple[str | None, int]:
+    """Return the trace to show for these spans, and its index: the slowest's if it is recorded, else any."""
+    index: int | None = int(seconds.argmax())
+    slowest = traces[index or 0]
+    if slowest is None or not is_sampled(slowest):
+        index = first_sampled(traces)
+    found = None if index is None else traces[index]
+    return (None, 0) if index is None or found is None else (trace_id(found), index)

@@ -18,6 +18,7 @@ from inferfleet.errors import Code
 from inferfleet.ports import Clock, Outlet, Refusal, RefusalKind, ResultOutlet
 from inferfleet.records import Answer, Array, Envelopes, Failures, Requests, RowFailure
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.trace_context import trace_of_headers
 from inferfleet.wire import headers as names
 from inferfleet.wire.encode import STATUS_OK, ok_headers
 from inferfleet.worker.brakes import Brakes
@@ -111,6 +112,7 @@ class Delivery:
         outcomes = {(variant.variant.version, variant.variant.name, "ok"): len(part)}
         now = self._clock.monotonic()
         settling = Settling(self, plan, part.chunk, part.rows, outcomes, part.ids, part.served, now)
+        settling.traces = part.traces
         if plan.destinations or plan.reply:
             headers = ok_headers(part, variant.header, lengths)
             self._to.outcomes(settling, plan.destinations, part.rows, bodies, headers, reply=plan.reply)
@@ -289,7 +291,7 @@ def _said(
 ) -> Failures:
     """Return the failure of one record whose envelope no destination takes."""
     request_id = (_header(envelopes, index, names.ID) or b"").decode() or None
-    trace = _header(envelopes, index, names.TRACEPARENT)
+    trace = trace_of_headers(envelopes.headers[index])
     return Failures(settling.chunk, [row], [request_id], [verdict[0]], [verdict[1]], [None], [trace])
 
 

@@ -7,7 +7,6 @@ is resumed.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from inferfleet.errors import RULES, Code
 from inferfleet.ports import Clock
 from inferfleet.records import Envelopes, Failures, Header, Requests, RowFailure
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.trace_context import trace_id
 from inferfleet.wire.encode import error_body, error_headers
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.deadletter import dead_letter_headers, origin_of
@@ -27,8 +27,6 @@ from inferfleet.worker.retries import retry_headers
 from inferfleet.worker.settling import Outcome, OutcomeListener, Settling
 
 log = structlog.get_logger(__name__)
-
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-")
 
 
 class Failing:
@@ -132,7 +130,8 @@ class Failing:
             [again.delay_ms],
         )
         settling = Settling(self._listener, plan, chunk, [row], {}, [request_id], failures.served)
-        settling.instead = picked(failures, [index])
+        settling.instead = only = picked(failures, [index])
+        settling.traces, settling.codes = only.traces, only.codes
         self._to.publish(settling, envelopes, [row])
         self._metrics.retries(plan.name, 1)
         settling.close()
@@ -157,6 +156,7 @@ class Failing:
         settling = Settling(
             self._listener, plan, failures.chunk, failures.rows, outcomes, failures.ids, served, now
         )
+        settling.traces, settling.codes = failures.traces, failures.codes
         self.publish(settling, failures, plan.destinations, store=plan.redis)
         settling.close()
 
@@ -240,21 +240,15 @@ def _tell(plan: RoutePlan, failures: Failures, batch: int | None) -> None:
             for trace, each in zip(failures.traces, failures.codes, strict=True)
             if trace and each is code
         )
-        trace_id = _trace_id(next(traces, b""))
+        trace = next(traces, None)
         about: dict[str, object] = {"route": plan.name, "code": code.value, "fault": fault, "requests": count}
         if served is not None:
             about |= {"model": served.model, "version": served.version}
         if batch is not None:
             about["batch"] = batch
-        if trace_id:
-            about["trace_id"] = trace_id
+        if trace:
+            about["trace_id"] = trace_id(trace)
         (log.warning if fault in ("caller", "time") else log.error)("requests_failed", **about)
-
-
-def _trace_id(traceparent: bytes) -> str:
-    """Return the trace that a request belongs to, ``""`` for what is no W3C trace context."""
-    found = _TRACEPARENT.match(traceparent)
-    return found[1].decode() if found else ""
 
 
 def failures_of(part: Requests, indices: list[int], verdicts: Sequence[tuple[Code, str]]) -> Failures:

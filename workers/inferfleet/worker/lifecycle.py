@@ -131,6 +131,7 @@ class Worker:
             adapters.metrics,
             adapters.clock,
             LoopOptions(limits.in_flight_rows, limits.in_flight_bytes),
+            adapters.traces,
         )
 
     def stop(self) -> None:

@@ -22,6 +22,7 @@ from inferfleet.errors import Code
 from inferfleet.ports import Clock, Intake, Outlet, ResultOutlet
 from inferfleet.records import BatchResult, Chunk, Requests, RowFailure, Stream
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.telemetry.traces import NO_TRACES, Traces
 from inferfleet.worker.brakes import Brakes
 from inferfleet.worker.careful import Careful
 from inferfleet.worker.counting import Counting
@@ -74,6 +75,7 @@ class WorkerLoop:
         metrics: PrometheusMetrics,
         clock: Clock,
         options: LoopOptions,
+        traces: Traces = NO_TRACES,
     ) -> None:
         self._intake = intake
         self._outlet = outlet
@@ -88,9 +90,9 @@ class WorkerLoop:
         self.batcher = Batcher()
         self.admission = Admission((), options.max_rows, options.max_bytes)
         self._reading = Reading(
-            self.ledger, self.batcher, self.admission, delivery, metrics, clock, self._came
+            self.ledger, self.batcher, self.admission, delivery, metrics, clock, self._came, traces
         )
-        self._counting = Counting(metrics, clock)
+        self._counting = Counting(metrics, traces, clock)
         self._gauges = Gauges(self.ledger, self.batcher, self.admission, metrics)
         self.engines = Dispatching(self.batcher, careful, clock, self._expired, self._condemned)
         self.shadowing = Shadowing(self.engines, careful, metrics, clock)

@@ -12,6 +12,7 @@ from inferfleet.errors import Code
 from inferfleet.ports import Clock
 from inferfleet.records import Chunk, Failures, Requests
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.telemetry.traces import NO_TRACES, Traces
 from inferfleet.wire.decode import Decoded, Decoder
 from inferfleet.worker.delivery import Delivery
 from inferfleet.worker.failing import failures_of, picked
@@ -42,6 +43,7 @@ class Reading:
         metrics: PrometheusMetrics,
         clock: Clock,
         steered: Callable[[RoutePlan, Requests], None] = lambda _plan, _piece: None,
+        traces: Traces = NO_TRACES,
     ) -> None:
         self._ledger = ledger
         self._batcher = batcher
@@ -50,6 +52,7 @@ class Reading:
         self._metrics = metrics
         self._clock = clock
         self._steered = steered
+        self._traces = traces
         self.recent = Recent()
         self._charged: dict[Chunk, _Charge] = {}
         self._nobodys: dict[Chunk, list[int]] = {}
@@ -97,13 +100,21 @@ class Reading:
             for part in decoded.requests if chunk.amqp is None else self._to_run(plan, decoded.requests):
                 self._steer(plan, part, started)
             if decoded.rejected is not None:
-                self._delivery.rejected(plan, decoded.rejected)
+                self._delivery.rejected(plan, self._traced(decoded.rejected))
         self._metrics.stage("read", self._clock.monotonic() - started)
 
     def _steer(self, plan: RoutePlan, part: Requests, since: float) -> None:
         for variant, piece in plan.steer(part):
             self._steered(plan, piece)
+            if self._traces.on:
+                piece.traces = self._traces.began(piece.traces, len(piece))
             self._batcher.add(variant.lane(piece), piece, since)
+
+    def _traced(self, failures: Failures) -> Failures:
+        if not self._traces.on:
+            return failures
+        traces = self._traces.began(failures.traces, len(failures.rows))
+        return failures if traces is None else failures._replace(traces=traces)
 
     def again(self, schedule: Schedule | None, parts: Collection[Requests]) -> None:
         """Queue requests that were steered before, by the route as it is now; without one they stay open.
@@ -134,7 +145,7 @@ class Reading:
     def _reread(self, plan: RoutePlan, chunk: Chunk, rows: list[int]) -> None:
         decoded = _only(plan.decoder.decode(chunk), rows)
         if decoded.rejected is not None:
-            self._delivery.fail(plan, decoded.rejected)
+            self._delivery.fail(plan, self._traced(decoded.rejected))
         for part in decoded.requests:
             self._steer(plan, part, self._clock.monotonic())
 

@@ -33,11 +33,13 @@ class Settling:
     ``ids`` are the requests' own (``None`` where one could not be read); without ``outcomes`` the records go
     on to another attempt, which is no outcome yet. ``instead`` is how they end if that cannot be published.
     ``served`` is the version that answered or failed them, where one did. ``given_at`` is when the outlets
-    were given their outcomes, monotonic seconds; 0 where they wait for something else first.
+    were given their outcomes, monotonic seconds; 0 where they wait for something else first. ``traces`` and
+    ``codes`` are columns beside ``rows``, where there are any.
     """
 
     __slots__ = (
         "chunk",
+        "codes",
         "delivery",
         "given_at",
         "ids",
@@ -48,6 +50,7 @@ class Settling:
         "replaced",
         "rows",
         "served",
+        "traces",
     )
 
     def __init__(
@@ -69,15 +72,17 @@ class Settling:
         self.ids = ids
         self.served = served
         self.given_at = given_at
+        self.traces: Sequence[bytes | None] | None = None
+        self.codes: Sequence[Code] | None = None
         self.instead: Failures | None = None
-        self.replaced: set[int] = set()
+        self.replaced: dict[int, Code] = {}
         self.open = 1  # the hand-over itself; closed when every outlet has been given its share
 
     def replace(self, row: int, code: Code) -> bool:
         """Count ``row`` under ``code`` instead of ``ok``; return whether that is new."""
         if row in self.replaced:
             return False
-        self.replaced.add(row)
+        self.replaced[row] = code
         for version, variant, outcome in [key for key in self.outcomes if key[2] == "ok"]:
             self.outcomes[version, variant, outcome] -= 1
             key = (version, variant, code.value)
