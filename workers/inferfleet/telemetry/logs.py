@@ -215,7 +215,13 @@ def _renderers(format: str, stream: TextIO) -> list[Processor]:  # noqa: A002
     if format == "console":
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
-    return [ecs, _in_json] if format == "ecs" else [_in_json]
+    return [ecs if format == "ecs" else _flat, _in_json]
+
+
+def _flat(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Begin with what a person looks for in a line."""
+    first = {key: event.pop(key, None) for key in ("timestamp", "level", "event")}
+    return {**first, **event}
 
 
 def _in_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
