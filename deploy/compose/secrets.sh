@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes what nobody may guess, once, in a volume of its own: the coordinator's tokens and two passwords.
-# Nothing of it is printed. `docker compose exec coordinator cat /run/inferfleet/admin.token` shows the token.
+# Nothing of it is printed. `docker compose exec -T coordinator cat /run/inferfleet/admin.token` shows the token.
 set -eu
 umask 077
 folder=/var/lib/inferfleet

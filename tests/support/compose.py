@@ -45,7 +45,7 @@ class Compose:
     """One project of the compose file.
 
     ``engine`` is the command of the engine, ``compose`` the one that reads compose files; ``environment`` is
-    what both need beside this process's own.
+    what both need beside this process's own. With ``in_any_order`` nothing waits for anything but by itself.
     """
 
     def __init__(
@@ -56,22 +56,25 @@ class Compose:
         project: str,
         ports: Ports,
         services: Sequence[str],
+        *,
+        in_any_order: bool = False,
     ) -> None:
         self.engine = list(engine)
         self.ports = ports
         self.services = list(services)
         self._project = project
         self._compose = [*compose, "-p", project, "-f", str(FILE)]
+        self._up = ["up", "-d", "--no-build", *(["--no-deps"] if in_any_order else [])]
         self._environment = {**os.environ, **environment, **ports.environment}
 
     def up(self) -> None:
         """Start all services that this project has."""
-        self.run([*self._compose, "up", "-d", *self.services], 900)
+        self.run([*self._compose, *self._up, *self.services], 900)
 
     def scale(self, service: str, count: int) -> None:
         """Change how many containers a service has; none of those that stay is started anew."""
-        again = ["up", "-d", "--no-recreate", "--no-deps", "--scale", f"{service}={count}", service]
-        self.run([*self._compose, *again], 600)
+        scaled = ["--no-recreate", "--no-deps", "--scale", f"{service}={count}", service]
+        self.run([*self._compose, *self._up, *scaled], 600)
         # podman-compose adds containers and never takes any away; docker compose has done both by now.
         for container in self.containers(service)[count:]:
             self.engine_says("stop", "--time", "30", container)

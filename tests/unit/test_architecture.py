@@ -53,6 +53,7 @@ ENGINE_MODULES = (
     "inferfleet.runtimes.torch",
     "inferfleet.runtimes.onnx",
     # A model's own code: copied into its version folder and run from there, imported by nobody.
+    "inferfleet.demo.digits_network",
     "inferfleet.demo.sentence_handler",
     "inferfleet.demo.text_handler",
 )

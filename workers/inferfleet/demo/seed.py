@@ -1,8 +1,8 @@
 """``python -m inferfleet.demo.seed FOLDER``: models, and requests with the right answers, for compose.
 
-Writes ``models/``, a repository with ``digits`` 1, 2 and 3 (the third is wrong on purpose) and ``text`` 1,
-and ``samples/<route>.jsonl``, whose lines hold a V2 body and what each version answers outside of a fleet.
-Needs the extra ``demo``; whoever uses what it wrote does not.
+Writes ``models/``, a repository with ``digits`` 1, 2 and 3 (the third is wrong on purpose), the second one as
+``digits-torch`` too, and ``text`` 1; and ``samples/<route>.jsonl``, whose lines hold a V2 body and what each
+version answers to it outside of a fleet. Needs the extra ``demo``; whoever uses what it wrote does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from inferfleet.demo import digits, texts
+from inferfleet.demo import digits, digits_torch, texts
 from inferfleet.demo.traffic import v2_json
 from inferfleet.models.repository import Repository
 
@@ -45,6 +45,10 @@ def _digits(repository: Repository) -> Iterable[dict[str, Any]]:
             file = Path(folder, "model.onnx")
             digits.write_onnx(each, file)
             repository.add(digits.MODEL, version, [file])
+        weights = Path(folder, "model.safetensors")
+        digits_torch.write_safetensors(layers["2"], weights)
+        files = [weights, digits_torch.CLASS]
+        repository.add(digits_torch.MODEL, "1", files, settings=digits_torch.SETTINGS)
     said = digits.expected_probabilities(classifiers, data)
     for row in data.unseen.nonzero()[0]:
         answers = {version: int(each[row].argmax()) for version, each in said.items()}
