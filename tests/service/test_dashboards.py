@@ -26,15 +26,17 @@ RATE = 60.0
 AWAY, UNFIT = -666.0, -888.0
 HANDLER = """
 import pathlib
+import time
 import numpy as np
 
 class Model:
     '''Rows that start with -666 fail as if what the model asks were away, until the file `there` stands;
-    -888 get an answer of another shape; `broken` fails at all but the self-check.'''
+    -888 get an answer of another shape; `broken` fails at all but the self-check; a batch takes `slow_s`.'''
 
     def load(self, folder, device, parameters):
         self.there = pathlib.Path(parameters["flags"]) / "there"
         self.broken = parameters.get("broken", False)
+        self.slow_s = parameters.get("slow_s", 0)
 
     def predict(self, tensors):
         x = tensors["x"]
@@ -43,6 +45,7 @@ class Model:
             raise ValueError("this version is broken on purpose")
         if (first == -666).any() and not self.there.exists():
             raise TimeoutError("what the model asks is away")
+        time.sleep(self.slow_s)
         wide = 1 if (first == -888).any() else 2
         return {"check": np.stack([first % 7, first], axis=1)[:, :wide]}
 """
@@ -61,9 +64,14 @@ kind = "canary"
 step_limit_s = 600
 [shadow]
 duration_s = 2
-minimum_pairs = 50
+minimum_pairs = 1000
 secondary = 0.2
 stop_at = "never"
+[guardrails]
+p95_compute_ratio = 100
+p95_latency_ratio = 100
+p99_latency_ratio = 100
+cost_ratio = 100
 [[step]]
 percent = 50
 dwell_s = 1
@@ -115,7 +123,7 @@ def stand(
     folder = tmp_path_factory.mktemp("dashboards")
     settings = {"retry": {"delays_ms": [300, 1000]}, "worker": {"state": "state"}}
     with Fleet(folder / "fleet", kafka, redis_server, settings=settings) as fleet:
-        for version, more in {"1": {}, "2": {}, "3": {"broken": True}}.items():
+        for version, more in {"1": {}, "2": {"slow_s": 0.02}, "3": {"broken": True}}.items():
             fleet.handler(HANDLER, version=version, flags=str(folder), **more)
         handler = folder / "texts.py"
         handler.write_text(TEXTS)
@@ -179,13 +187,15 @@ def _act(stand: Stand, kafka: KafkaServer, there: Path) -> None:
     assert scene.reached(broken, "aborted", "done", "inconclusive").phase == "aborted"
     standing = scene.json("rollout", "start", "sums", "--to", "2", "--policy", scene.policy(STANDING))["id"]
     scene.reached(standing, "shadow")
-    for number in range(500):
-        sender.send(source, v2_body([row_of(number)]), id=f"burst-{number}", key=b"%d" % number)
+    seen('sum(inferfleet_shadow_requests_total{outcome="ok"})')
+    for number in range(400):
+        rows = [row_of(number + more) for more in range(50)]
+        sender.send(source, v2_body(rows), id=f"burst-{number}", key=b"%d" % number)
     sender.flush()
+    seen("sum(inferfleet_shadow_shed_total)")
     scene.reached(standing, "step")
     seen('sum(inferfleet_requests_total{version="2"})')
-    seen('sum(inferfleet_shadow_requests_total{outcome="ok"})')
-    seen("sum(inferfleet_rollout_hold)")
+    seen("sum(count_over_time(inferfleet_rollout_hold[5s])) > 5")
 
 
 def _send_texts(sender: Sender, fleet: Fleet, round_: str) -> None:
