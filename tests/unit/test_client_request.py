@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from inferfleet.client.outcome import ClientError, Outcome, Result
 from inferfleet.client.request import Request, body_of, headers_of
 from inferfleet.client.session import open_session
 from inferfleet.client.window import Window
 from inferfleet.errors import ConfigError
+from tests.support.traces import TRACE, TRACE_ID
 
 
 def tensor_of(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -153,3 +156,23 @@ def test_inputs_of_another_type_are_named() -> None:
     """A bare string is a mistake, and is told so before anything is sent."""
     with pytest.raises(TypeError, match="not str"):
         Request("hello")  # type: ignore[arg-type]
+
+
+def test_a_request_goes_on_with_the_callers_current_trace() -> None:
+    """Where the program traces; what the caller gives by hand counts before it."""
+    current = NonRecordingSpan(SpanContext(int(TRACE_ID, 16), 7, is_remote=False, trace_flags=TraceFlags(1)))
+    with use_span(current):
+        found = headers_of(Request(b""), "a", None)
+        given = headers_of(Request(b"", headers={"Traceparent": TRACE}), "a", None)
+
+    assert found["traceparent"] == f"00-{TRACE_ID}-0000000000000007-01".encode()
+    assert given["traceparent"] == TRACE
+    assert "traceparent" not in headers_of(Request(b""), "a", None)
+
+
+def test_a_program_that_does_not_trace_pays_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenTelemetry is not imported for its sake."""
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
+
+    assert headers_of(Request(b""), "a", None) == {"inferfleet-id": b"a"}
+    assert "opentelemetry.trace" not in sys.modules

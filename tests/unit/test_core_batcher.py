@@ -49,6 +49,20 @@ def test_the_oldest_request_decides_when_a_lane_is_due() -> None:
     assert _ids(batcher.due("m", "1", 11.0, NOW_MS)) == ["id-0", "id-1"]
 
 
+def test_a_batch_knows_since_when_its_first_request_waited() -> None:
+    """Of those in it: what is left behind keeps its own time."""
+    batcher = Batcher()
+    batcher.add(LANE, _part(6, priority=9), 10.0)
+    batcher.add(LANE, _part(4, first=6, priority=1), 10.5)
+    batcher.add(LANE, _part(6, first=10, priority=1), 10.7)
+
+    urgent, rest = (batcher.due("m", "1", NEVER, NOW_MS) for _ in range(2))
+    assert urgent is not None
+    assert rest is not None
+    assert (urgent.since, urgent.rows) == (10.5, 8)
+    assert (rest.since, rest.rows) == (10.0, 8)
+
+
 def test_a_deadline_closes_a_batch_just_in_time() -> None:
     """The batch leaves when the earliest deadline has only the expected batch time left."""
     batcher = Batcher()

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from inferfleet.core.cost import CostLine
+from inferfleet.core.cost import CostLine, padding
+from inferfleet.records import Requests
+from tests.support.builders import chunk
 
 _SECONDS = st.floats(0, 100, allow_nan=False)
 
@@ -54,3 +56,15 @@ def test_it_follows_a_device_that_slowed_down() -> None:
     for rows in range(1, 101):
         line.observed(rows % 64 + 1, 0.01 * (rows % 64 + 1))
     assert line.expect(64) == pytest.approx(0.64, rel=0.05)
+
+
+def test_padding_is_what_the_longest_request_makes_of_the_others() -> None:
+    """By the sizes of the bodies; where nothing is sorted by them, nobody pads."""
+
+    def part(costs: list[int] | None) -> Requests:
+        return Requests(chunk([b""] * 2), [0, 1], ["a", "b"], {}, costs=costs)
+
+    assert padding([part([10, 10])]) == 0
+    assert padding([part([10, 30]), part([20, 40])]) == pytest.approx(1 - 100 / 160)
+    assert padding([part(None)]) is None
+    assert padding([part([0, 0])]) is None

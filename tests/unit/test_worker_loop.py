@@ -26,6 +26,7 @@ from inferfleet.records import (
 )
 from inferfleet.routes import Destination, Variant
 from inferfleet.telemetry.metrics import PrometheusMetrics
+from inferfleet.telemetry.traces import NO_TRACES, Traces
 from inferfleet.testing.clock import FakeClock
 from inferfleet.testing.marks import MemoryMarks
 from inferfleet.worker.brakes import Brakes
@@ -72,14 +73,25 @@ class HeldIntake:
 class Bench:
     """A loop with scripted ends; ``flying`` holds the batches of its engines."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, consecutive: int = 3, **route: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        consecutive: int = 3,
+        *,
+        traces: Traces = NO_TRACES,
+        retries: tuple[int, ...] = (),
+        **route: Any,
+    ) -> None:
+        self.retries = retries
         self.clock = FakeClock()
         self.intake = HeldIntake()
         self.outlet = ScriptedOutlet(at_once=True)
         self.board = LocalPauses()
         self.metrics = PrometheusMetrics()
         brakes = Brakes(self.board, consecutive, 1.0)
-        self.delivery = delivery(self.outlet, None, self.metrics, self.clock, brakes=brakes)
+        self.delivery = delivery(
+            self.outlet, None, self.metrics, self.clock, brakes=brakes, delays_ms=retries
+        )
         self.loop = WorkerLoop(
             self.intake,  # type: ignore[arg-type]  # a script of what it takes
             self.outlet,
@@ -91,6 +103,7 @@ class Bench:
             self.metrics,
             self.clock,
             LoopOptions(1_000, 1 << 20),
+            traces,
         )
         self.flying: list[tuple[Engine, Batch]] = []
 
@@ -103,7 +116,7 @@ class Bench:
 
     def use(self, version: str = "1", **route: Any) -> RoutePlan:
         """Serve the route by this version from now on, and no longer by those before."""
-        config = Config(worker=Worker(id="w"), retry=Retry(delays_ms=()))
+        config = Config(worker=Worker(id="w"), retry=Retry(delays_ms=self.retries))
         variants = (Variant("stable", version, 100, ((0, 10_000),)),)
         plan = route_plan(SIGNATURE, variants=variants, config=config, **route)
         self.loop.use([Schedule.always(plan)])
@@ -121,14 +134,14 @@ class Bench:
             self.clock.advance(0.6)
             self.loop.turn(0.0)
 
-    def end(self, *, value: float = 0.0, fails: bool = False) -> Batch:
+    def end(self, *, value: float = 0.0, fails: bool = False, retryable: bool = False) -> Batch:
         """Let the oldest batch end, with this value in all answers, or by failing each request alone."""
         engine, batch = self.flying.pop(0)
         result = BatchResult(batch)
         for part in batch.parts:
             if fails:
                 singles = [part.slice(i, i + 1) for i in range(len(part))]
-                result.failures += [RowFailure(each, Code.MODEL, "no") for each in singles]
+                result.failures += [RowFailure(each, Code.MODEL, "no", retryable) for each in singles]
             else:
                 array = np.full((part.total_rows, 2), value, np.float32)
                 result.answers.append(Answer(part, {"y": array}))
@@ -268,3 +281,25 @@ def test_a_message_that_comes_again_while_it_runs_is_acknowledged_with_it(
     assert bench.codes("rabbitmq:x/y") == ["ok", "ok"]
     assert bench.intake.settled == {again.stream: 3}
     assert (bench.loop.open, bench.loop.admission.rows) == (0, 0)
+
+
+def test_each_station_and_every_record_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chunk, batch and part: where the time of requests went, whose they were, and which were too slow."""
+    bench = Bench(monkeypatch, goal_p99_ms=1)
+    bench.take(chunk([GOOD, GOOD, b"no"], timestamp_ms=bench.clock.utc_ms() - 5))
+    bench.end()
+    bench.turn()
+
+    def value(name: str, **labels: str) -> float | None:
+        return bench.metrics.registry.get_sample_value(f"inferfleet_{name}", labels)
+
+    stages = {"read": 1, "gather": 1, "predict": 1, "write": 1, "hand_over": 2}
+    assert {stage: value("stage_seconds_count", stage=stage) for stage in stages} == stages
+    assert value("records_total", route="digits") == 3
+    answered = {"route": "digits", "version": "1", "variant": "stable"}
+    assert value("request_seconds_count", **answered) == 2
+    assert value("requests_over_goal_total", **answered) == 2
+    assert value("request_seconds_count", route="digits", version="", variant="") == 1
+    bench.loop.gauges()
+    assert value("streams", route="digits") == 1
+    assert value("route_goal_seconds", route="digits") == 0.001

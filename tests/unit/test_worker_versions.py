@@ -43,7 +43,8 @@ class Shelf:
         self.sizes: dict[str, int] = {}
         self.running = Dispatching(Batcher(), Careful(MemoryMarks()), self.clock, _nothing, _nothing)
         news: SimpleQueue[Any] = SimpleQueue()
-        self.versions = Versions(self, self.running, news, PrometheusMetrics(), self.clock, bound)
+        self.metrics = PrometheusMetrics()
+        self.versions = Versions(self, self.running, news, self.metrics, self.clock, bound)
 
     def load(self, model: str, version: str) -> Any:
         raise AssertionError((model, version))
@@ -175,3 +176,35 @@ def test_a_version_that_does_not_load_is_tried_again_later(monkeypatch: pytest.M
     shelf.versions.want(wanted)
     assert shelf.loaded == ["1", "2"]  # it was still warm
     assert len(shelf.versions.all) == 2
+
+
+def test_the_metrics_say_which_versions_load_are_ready_and_were_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A version that nobody wants any longer is no alarm, whether it was served or never loaded."""
+    shelf = Shelf(0, monkeypatch)
+
+    def value(name: str, version: str, **labels: str) -> float | None:
+        found = {"model": "m", "version": version, **labels}
+        return shelf.metrics.registry.get_sample_value(f"inferfleet_{name}", found)
+
+    shelf.versions.want(Wanted(live=keys("1", "2")))
+    assert (value("model_ready", "1"), value("model_refused", "1")) == (0, 0)
+    assert value("model_loads_total", "1", outcome="refused") == 0
+    first, second = shelf.versions.all
+    first.signature = SIGNATURE
+    shelf.versions.heard([Loaded(first, None), Loaded(second, ModelLoadError("no"))], "")
+    assert (value("model_ready", "1"), value("model_refused", "1")) == (1, 0)
+    assert (value("model_ready", "2"), value("model_refused", "2")) == (0, 1)
+    assert value("model_loads_total", "2", outcome="refused") == 1
+
+    shelf.clock.advance(REFUSED_AGAIN_S)
+    shelf.versions.want(Wanted(live=keys("1", "2")))
+    assert (value("model_ready", "2"), value("model_refused", "2")) == (0, 1)
+
+    shelf.loads(ModelLoadError("no"))
+    shelf.versions.want(Wanted())
+    shelf.versions.retire()
+    assert value("model_ready", "1") is None
+    assert (value("model_ready", "2"), value("model_refused", "2")) == (None, None)
+    assert value("model_loads_total", "2", outcome="refused") == 2

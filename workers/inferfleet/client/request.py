@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypedDict
 import msgspec
 import numpy as np
 
+from inferfleet.client.tracing import current_trace
 from inferfleet.datatypes import DATATYPES
 from inferfleet.errors import RequestError
 from inferfleet.records import Array
@@ -97,7 +98,10 @@ def body_of(request: Request, *, columns: bool) -> tuple[bytes, dict[str, bytes]
 
 
 def headers_of(request: Request, request_id: str, reply: str | None) -> dict[str, bytes]:
-    """Return the headers that a request needs beside its body's own; ``reply`` names a reply stream."""
+    """Return the headers that a request needs beside its body's own; ``reply`` names a reply stream.
+
+    Where the caller gives no trace, the current one of the calling thread goes along, if there is one.
+    """
     headers = {names.ID: request_id.encode()}
     if reply is not None:
         headers[names.REPLY] = reply.encode()
@@ -109,6 +113,8 @@ def headers_of(request: Request, request_id: str, reply: str | None) -> dict[str
         if name.lower() in (names.ID, names.REPLY):
             raise ValueError(f"header {name.lower()} is the client's own; give the id as id=")
         headers[name.lower()] = value.encode() if isinstance(value, str) else bytes(value)
+    if names.TRACEPARENT not in headers:
+        headers |= current_trace()
     return headers
 
 
