@@ -69,6 +69,9 @@ class HeldIntake:
     def resume(self, sources: Collection[str]) -> None:
         self.paused -= set(sources)
 
+    def lag(self) -> dict[Stream, int]:
+        return {}
+
 
 class Bench:
     """A loop with scripted ends; ``flying`` holds the batches of its engines."""
