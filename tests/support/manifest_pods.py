@@ -1,4 +1,4 @@
-"""The pods of ``deploy/kubernetes`` as their processes see them: files, Secrets, and the settings that load."""
+"""The pods of ``deploy/kubernetes`` as their processes see them: files, Secrets, settings that load."""
 
 from __future__ import annotations
 
