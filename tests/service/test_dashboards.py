@@ -23,6 +23,8 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(420)]
 
 RATE = 60.0
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACED = ("traceparent", f"00-{TRACE}-00f067aa0ba902b7-01".encode())
 AWAY, UNFIT = -666.0, -888.0
 HANDLER = """
 import pathlib
@@ -31,12 +33,14 @@ import numpy as np
 
 class Model:
     '''Rows that start with -666 fail as if what the model asks were away, until the file `there` stands;
-    -888 get an answer of another shape; `broken` fails at all but the self-check; a batch takes `slow_s`.'''
+    -888 get an answer of another shape; `broken` fails at all but the self-check; a batch takes `slow_s`;
+    a tenth of the answers is off by `other`.'''
 
     def load(self, folder, device, parameters):
         self.there = pathlib.Path(parameters["flags"]) / "there"
         self.broken = parameters.get("broken", False)
         self.slow_s = parameters.get("slow_s", 0)
+        self.other = parameters.get("other", 0)
 
     def predict(self, tensors):
         x = tensors["x"]
@@ -47,7 +51,8 @@ class Model:
             raise TimeoutError("what the model asks is away")
         time.sleep(self.slow_s)
         wide = 1 if (first == -888).any() else 2
-        return {"check": np.stack([first % 7, first], axis=1)[:, :wide]}
+        check = np.stack([first % 7 + self.other * (first % 10 == 0), first], axis=1)
+        return {"check": check[:, :wide]}
 """
 BROKEN = """
 kind = "canary"
@@ -123,7 +128,7 @@ def stand(
     folder = tmp_path_factory.mktemp("dashboards")
     settings = {"retry": {"delays_ms": [300, 1000]}, "worker": {"state": "state"}}
     with Fleet(folder / "fleet", kafka, redis_server, settings=settings) as fleet:
-        for version, more in {"1": {}, "2": {"slow_s": 0.02}, "3": {"broken": True}}.items():
+        for version, more in {"1": {}, "2": {"slow_s": 0.02, "other": 1}, "3": {"broken": True}}.items():
             fleet.handler(HANDLER, version=version, flags=str(folder), **more)
         handler = folder / "texts.py"
         handler.write_text(TEXTS)
@@ -167,6 +172,7 @@ def _act(stand: Stand, kafka: KafkaServer, there: Path) -> None:
         sender.send(source, v2_body([(AWAY, 1.0 + number, 0.0, 1.0)]), id=f"away-{number}")
         sender.send(source, v2_body([(UNFIT, 1.0 + number, 0.0, 1.0)]), id=f"unfit-{number}")
         sender.send(source, v2_body([row_of(number)]), id=f"again-{number}")
+        sender.send(source, v2_body([row_of(number)]), id=f"traced-{number}", headers=[TRACED])
     sender.flush()
     seen("sum(inferfleet_retries_total)")
     seen("sum(inferfleet_dead_letters_total)")
@@ -222,6 +228,10 @@ def test_every_query_finds_something(stand: Stand, name: str, record_property: p
         str(asked) for asked, expr in zip(every, exprs, strict=True) if not stand.ask(asked.instant, expr)
     ]
     assert not empty, "\n".join(["these find nothing:", *empty])
+    for asked, expr in zip(every, exprs, strict=True):
+        if asked.exemplar:
+            traces = {each["labels"]["trace_id"] for each in stand.server.exemplars(expr)}
+            assert traces == {TRACE}, str(asked)
     metrics = {metric for expr in exprs for metric in re.findall(r"\b(?:inferfleet|process)_\w+", expr)}
     assert [metric for metric in sorted(metrics) if not stand.server.query(metric)] == []
     record_property(

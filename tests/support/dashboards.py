@@ -17,12 +17,13 @@ _LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
 
 
 class Asked(NamedTuple):
-    """One query of a panel, as it is written, and where it stands."""
+    """One query of a panel, as it is written, and where it stands; ``exemplar``: it wants exemplars too."""
 
     board: str
     panel: str
     expr: str
     instant: bool
+    exemplar: bool = False
 
     def __str__(self) -> str:
         return f"{self.board}: {self.panel}: {self.expr}"
@@ -48,7 +49,8 @@ def queries(name: str) -> Iterator[Asked]:
     board = load(name)
     for panel in panels(board):
         for target in panel["targets"]:
-            yield Asked(name, panel["title"], target["expr"], bool(target.get("instant")))
+            how = bool(target.get("instant")), bool(target.get("exemplar"))
+            yield Asked(name, panel["title"], target["expr"], *how)
     for annotation in board["annotations"]["list"]:
         yield Asked(name, annotation["name"], annotation["expr"], False)
 

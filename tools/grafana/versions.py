@@ -204,10 +204,10 @@ def _loaded() -> list[Thing]:
         ),
         series(
             "Loads",
-            "Loads of versions that ended in the last minutes: ok, or refused (the log says why).",
+            "Loads that ended since the workers began, by outcome. Refused: the log says why.",
             units.Short,
             Query(
-                f"sum by (model, version, outcome) (increase(inferfleet_model_loads_total{{{LANE}}}{RATE}))",
+                f"sum by (model, version, outcome) (inferfleet_model_loads_total{{{LANE}}})",
                 "{{model}} {{version}} {{outcome}}",
             ),
             span=12,
