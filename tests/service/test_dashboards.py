@@ -128,7 +128,8 @@ def stand(
     folder = tmp_path_factory.mktemp("dashboards")
     settings = {"retry": {"delays_ms": [300, 1000]}, "worker": {"state": "state"}}
     with Fleet(folder / "fleet", kafka, redis_server, settings=settings) as fleet:
-        for version, more in {"1": {}, "2": {"slow_s": 0.02, "other": 1}, "3": {"broken": True}}.items():
+        others: dict[str, dict[str, object]] = {"2": {"slow_s": 0.02, "other": 1}, "3": {"broken": True}}
+        for version, more in {"1": {}, **others}.items():
             fleet.handler(HANDLER, version=version, flags=str(folder), **more)
         handler = folder / "texts.py"
         handler.write_text(TEXTS)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import units
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from inferfleet.telemetry.coordinator import CoordinatorMetrics
 from inferfleet.telemetry.metrics import PrometheusMetrics
-from tests.support.dashboards import NAMES, filled, load, panels, queries, variables
+from tests.support.dashboards import FOLDER, NAMES, filled, load, panels, queries, variables
 from tools import dashboards
 
 WIDTH = 24
@@ -139,9 +140,8 @@ def test_panels_are_numbered_once_and_do_not_overlap(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_panel_says_what_it_shows_and_in_which_unit(name: str) -> None:
-    """Each has a title of its own, a description, a unit that Grafana knows, and the chosen data source."""
+    """Each has a title, a description, a unit that Grafana knows, and the chosen data source."""
     board = load(name)
-    titles = [each["title"] for each in panels(board)]
     for panel in panels(board):
         title = panel["title"]
         assert panel["description"].endswith("."), title
@@ -152,7 +152,7 @@ def test_every_panel_says_what_it_shows_and_in_which_unit(name: str) -> None:
         assert len(refs) == len(set(refs)), title
         if panel["type"] != "stat":
             assert all(each["legendFormat"] for each in panel["targets"]), title
-    assert len(titles) >= 8
+    assert all(each["title"] for each in panels(board))
     sections = [each["title"] for each in board["panels"] if each["type"] == "row"]
     assert len(sections) == len(set(sections))
 
@@ -203,6 +203,26 @@ def test_links_lead_to_dashboards_that_exist(name: str) -> None:
             asked = set(re.findall(r"var-(\w+)=", found[2]))
             assert asked <= variables(boards[found[1]]).keys(), link
     assert [each["tags"] for each in board["links"]] == [["inferfleet"]]
+
+
+def test_grafana_finds_them_where_the_compose_file_puts_them() -> None:
+    """The data source has the name that is linked to; the folder and the home page are mounted where said."""
+    deploy = FOLDER.parents[1]
+    provisioning = deploy / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "inferfleet.yaml").read_text())["providers"]
+    services = yaml.safe_load((deploy / "compose.yaml").read_text())["services"]
+    mounted = dict(each.split(":")[:2] for each in services["grafana"]["volumes"])
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+
+    assert (source["uid"], source["type"], source["isDefault"]) == ("prometheus", "prometheus", True)
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in services
+    assert mounted["./grafana/dashboards"] == provider["options"]["path"]
+    assert mounted["./grafana/provisioning"] == "/etc/grafana/provisioning"
+    assert home == f"{provider['options']['path']}/fleet.json"
+    scraped = yaml.safe_load((deploy / "prometheus" / "prometheus.yml").read_text())["global"]
+    assert source["jsonData"]["timeInterval"] == scraped["scrape_interval"]
 
 
 def test_the_check_of_metrics_bites() -> None:
