@@ -142,18 +142,29 @@ def test_scaling_and_draining_answers_everything_once(
 
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])
 def test_a_worker_without_partitions_is_ready(kafka: KafkaServer, tmp_path: Path, protocol: str) -> None:
-    """With more workers than partitions the idle one is ready, and takes over when the other leaves."""
+    """The idle ones of a group are ready; one of them drains at once, one takes over from a dead one."""
     with Fleet(tmp_path, kafka, settings={"kafka": {"group_protocol": protocol}}) as fleet:
         fleet.checksum()
         fleet.route(partitions=1)
         fleet.prepare()
-        busy, idle = fleet.worker("w-1"), fleet.worker("w-2")
         source = fleet.source("sums")
-        assert [source in w.status()["assignment"] for w in (busy, idle)].count(True) == 1
-        if source in idle.status()["assignment"]:
-            busy, idle = idle, busy
-        assert busy.finish() == 0
-        wait_until(lambda: source in idle.status()["assignment"], 30, "the idle worker takes over")
+        workers = [fleet.launch(f"w-{number}") for number in range(3)]
+        for each in workers:
+            each.wait_ready()
+
+        def owner() -> WorkerProcess | None:
+            found = [each for each in workers if each.running and source in each.status()["assignment"]]
+            return found[0] if len(found) == 1 else None
+
+        busy = wait_until(owner, 30, "one of them has the partition")
+        assert [each.ask("/readyz")[0] for each in workers] == [200] * 3
+        spare = next(each for each in workers if each is not busy)
+        assert spare.finish() == 0
+        busy = wait_until(owner, 30, "one of the others has it")
+        (idle,) = {*workers} - {spare, busy}
+        busy.kill()
+        wait_until(lambda: owner() is idle, 60, "the idle worker takes over")
+        assert idle.ready
         sender = Sender(kafka.client_config())
         sender.send(fleet.source("sums"), v2_body([row_of(1)]), id="a")
         sender.flush()
