@@ -63,6 +63,7 @@ class Compose:
         self.ports = ports
         self.services = list(services)
         self._project = project
+        self._seen: set[str] = set()
         self._compose = [*compose, "-p", project, "-f", str(FILE)]
         self._up = ["up", "-d", "--no-build", *(["--no-deps"] if in_any_order else [])]
         self._environment = {**os.environ, **environment, **ports.environment}
@@ -81,8 +82,23 @@ class Compose:
             self.engine_says("rm", "-v", container)
 
     def down(self) -> None:
-        """Remove containers, networks and volumes of the project."""
+        """Remove containers, networks and volumes of the project, those without a name too."""
+        self._seen |= set(self._mounted())
         self.run([*self._compose, "down", "-v", "--remove-orphans", "--timeout", "30"], 300)
+        # podman-compose leaves those that an image asks for and nobody named.
+        for volume in self._volumes_left():
+            self.engine_says("volume", "rm", volume)
+
+    def _mounted(self) -> list[str]:
+        """Return the volumes of all containers of the project, by name."""
+        found = self.containers(running=False)
+        if not found:
+            return []
+        form = '{{range .Mounts}}{{if eq .Type "volume"}}{{.Name}} {{end}}{{end}}'
+        return self.engine_says("inspect", "--format", form, *found).split()
+
+    def _volumes_left(self) -> list[str]:
+        return sorted(self._seen & set(self.engine_says("volume", "ls", "-q").split()))
 
     def containers(self, service: str = "", *, running: bool = True) -> list[str]:
         """Return the containers of a service, of all where none is named."""
@@ -93,13 +109,14 @@ class Compose:
 
     def left(self) -> list[str]:
         """Return what there is of the project, as ``kind name``."""
-        return [
+        labelled = {
             f"{kind} {name}"
             for kind in KINDS
             for name in self.engine_says(
                 kind, "ls", "-q", *(["-a"] if kind == "container" else []), *self._mine
             ).split()
-        ]
+        }
+        return sorted(labelled | {f"volume {name}" for name in self._volumes_left()})
 
     @property
     def _mine(self) -> list[str]:

@@ -8,6 +8,7 @@ what its version answers outside of a fleet, Prometheus is asked whom it scrapes
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -19,13 +20,20 @@ from typing import Any, NamedTuple
 import redis
 from confluent_kafka import Producer
 
-from tests.support.compose import Compose, ComposeError, ask
+from tests.support import containers
+from tests.support.compose import Compose, ComposeError, Ports, ask
+from tests.support.process import free_ports
+from tests.support.programs import MissingServerError
 from tests.support.waiting import wait_until
 
 REQUESTS = 10_000
 TEXT_SHARE = 10
 """One request in so many is a text; the others are digits."""
 FLEET = "inferfleet"
+KAFKA, VALKEY = "docker.io/apache/kafka:4.3.1", "docker.io/valkey/valkey:9.1"
+PROMETHEUS, GRAFANA = "docker.io/prom/prometheus:v3.14.0", "docker.io/grafana/grafana:13.2.0"
+# In no good order: each process has to wait by itself where the engine does not see to it.
+SERVICES = ("worker", "traffic", "coordinator", "prometheus", "setup", "models", "secrets", "valkey", "kafka")
 SAMPLES = "/opt/inferfleet/samples"
 ADMIN_TOKEN = "/run/inferfleet/admin.token"
 UP_S = 300.0
@@ -301,3 +309,48 @@ def _show_logs(compose: Compose) -> None:
         name = compose.engine_says("inspect", "--format", "{{.Name}} {{.State.Status}}", container).strip()
         print(f"--- {name}", file=sys.stderr)
         print("\n".join(compose.logs(container).splitlines()[-15:]), file=sys.stderr)
+
+
+def open_compose(say: Callable[[str], None]) -> Compose:
+    """Return a project of its own under the engine that there is; images are built, pulled or stood in for.
+
+    Raises :class:`~tests.support.programs.MissingServerError` where no engine or image can be had.
+    """
+    engine = containers.engine()
+    others = (KAFKA, VALKEY, PROMETHEUS, GRAFANA)
+    missing = containers.prepare(engine, others, say)
+    for image in missing:
+        if image != GRAFANA:
+            raise MissingServerError(f"the image {image} cannot be had")
+        say(f"{image} cannot be had: Grafana is left out")
+    say(f"{engine.name}; our own layers: {containers.sizes(engine)}")
+    return Compose(
+        engine.command,
+        engine.compose,
+        engine.environment,
+        f"inferfleet-check-{os.getpid()}",
+        Ports(*free_ports(5)),
+        [*SERVICES, *([] if GRAFANA in missing else ["grafana"])],
+        in_any_order=engine.name == "podman",
+    )
+
+
+def main() -> int:
+    """Run the check and print what it sees; the exit code says whether all of it is right."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"compose-check: {time.monotonic() - began:6.1f} s  {text}", flush=True)
+
+    try:
+        problems = check(open_compose(say), say).problems
+    except (MissingServerError, ComposeError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"compose-check: {problem}", file=sys.stderr)
+    say("all of it is right" if not problems else "NOT right")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

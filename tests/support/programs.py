@@ -172,6 +172,13 @@ def install_missing() -> list[str]:
     return missing
 
 
+def install_package(package: str) -> None:
+    """Install a Debian package; raises MissingServerError where that may not be done."""
+    if not _apt_works():
+        raise MissingServerError(f"{package} is not here; install the package of that name")
+    _apt_install(package)
+
+
 def _java_major(program: str) -> int:
     shown = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
     match = re.search(r'version "(\d+)', shown.stderr + shown.stdout)
