@@ -115,7 +115,7 @@ def watch(kafka: KafkaServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
             coordinator = scene.coordinator("c-1")
             targets = {
                 "worker": addresses(workers),
-                "coordinator": [coordinator.events("coordinator_started")[0]["admin"]],
+                "coordinator": [admin_of(coordinator)],
             }
             quick = hurried_rules(folder / "rules", FACTOR)
             with (
@@ -130,6 +130,10 @@ def watch(kafka: KafkaServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def addresses(workers: list[WorkerProcess]) -> list[str]:
     return [each.address for each in workers]
+
+
+def admin_of(coordinator: Coordinator) -> str:
+    return str(coordinator.events("coordinator_started")[0]["admin"])
 
 
 def test_a_healthy_fleet_fires_nothing_and_every_rule_has_what_it_asks_for(watch: Watch) -> None:
@@ -178,7 +182,7 @@ def test_a_control_plane_that_hangs_makes_routes_stale_and_leaves_nobody_leading
     watch.ends("InferfleetStaleRoutes", "InferfleetNoLeader")
 
 
-def test_lag_of_a_slow_model_then_all_workers_are_killed_while_requests_wait(watch: Watch) -> None:
+def test_lag_of_a_slow_model_then_everybody_is_killed_while_requests_wait(watch: Watch) -> None:
     watch.healthy()
     watch.slow.touch()
     sender = Sender(watch.kafka.client_config())
@@ -191,14 +195,17 @@ def test_lag_of_a_slow_model_then_all_workers_are_killed_while_requests_wait(wat
     lag = watch.fires("InferfleetLag", route="sums")
     assert lag.labels["severity"] == "warning"
 
-    for worker in watch.scene.fleet.workers:
-        worker.kill()
+    for process in (*watch.scene.fleet.workers, watch.coordinator):
+        process.kill()
     watch.slow.unlink()
     nobody = watch.fires("InferfleetNoReadyWorker")
     outage = watch.fires("InferfleetOutage", route="sums")
     assert nobody.labels["severity"] == outage.labels["severity"] == "critical"
 
+    watch.fires("InferfleetCoordinatorAway")
+
     fresh = watch.scene.workers("w-3", "w-4")
     watch.server.aim("worker", addresses(fresh))
-    watch.ends("InferfleetNoReadyWorker", "InferfleetOutage", "InferfleetLag")
+    watch.server.aim("coordinator", [admin_of(watch.scene.coordinator("c-2"))])
+    watch.ends("InferfleetNoReadyWorker", "InferfleetOutage", "InferfleetLag", "InferfleetCoordinatorAway")
     watch.healthy()
