@@ -263,3 +263,19 @@ def _stand_in(engine: Engine, image: str) -> None:
     words = ["build", "-q", *engine.build_options, "--label", f"{LABEL}=debian", "-f", str(_recipe(image))]
     engine.run(*words, "-t", image, str(folder), timeout_s=600)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Build our images and print what each adds to its base."""
+    try:
+        found = engine()
+        prepare(found, (), print)
+        print(f"{found.name}; our own layers: {sizes(found)}")
+    except MissingServerError as error:
+        print(f"images: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
