@@ -6,8 +6,11 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from inferfleet.tables import secret_name
 from inferfleet.telemetry.vocabulary import CONTEXT, KEYS
@@ -15,6 +18,7 @@ from tools.log_index_template import index_template
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "workers" / "inferfleet"
+LOGS = ROOT / "deploy" / "logs"
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
 # What structlog and our own processors take out of a line before it is written.
 TAKEN_OUT = {"exc_info", "private"}
@@ -118,10 +122,25 @@ def test_the_page_has_every_key() -> None:
 
 def test_the_index_template_is_the_vocabulary() -> None:
     """What the cluster is told is what lines hold; a change of keys writes the file anew."""
-    written = json.loads((ROOT / "deploy" / "logs" / "index-template.json").read_text())
+    written = json.loads((LOGS / "index-template.json").read_text())
 
     assert written == index_template()
     assert written["template"]["mappings"]["properties"]["inferfleet"]["properties"]["batch"] == {
         "type": "long",
         "ignore_malformed": True,
     }
+
+
+def test_the_other_shippers_read_what_processes_write() -> None:
+    """Filebeat and Vector cannot be had where tests run: their files are held to names that must agree."""
+    filebeat = yaml.safe_load((LOGS / "filebeat.yml").read_text())
+    vector = yaml.safe_load((LOGS / "vector.yaml").read_text())
+    (read,) = filebeat["filebeat.inputs"]
+    index = filebeat["output.elasticsearch"]["index"]
+    lines, loki = vector["transforms"]["lines"], vector["sinks"]["loki"]
+
+    assert [name for each in read["parsers"] for name in each] == ["container", "ndjson"]
+    assert fnmatch(index, index_template()["index_patterns"][0])
+    assert f'searchIndex="{index}"' in (LOGS / "rsyslog.conf").read_text()
+    assert (lines["inputs"], loki["inputs"]) == (["containers"], ["lines"])
+    assert set(loki["labels"]) <= {"level", *CONTEXT}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from inferfleet.config import Config, Retry, Worker
 from inferfleet.control.pauses import LocalPauses
@@ -153,6 +154,26 @@ def test_each_failure_has_the_end_that_the_contract_gives_it(
         if RULES[code].dead_letter:
             assert bench.only(DLT).header("inferfleet-attempt") == b"%d" % attempt
     assert [settling.rows for settling in bench.settled] == [[0]]
+
+
+def test_a_failure_is_told_with_what_it_concerns_and_not_in_its_own_words() -> None:
+    """Route, version, batch and trace stand in the line; a handler's text may hold what a caller sent."""
+    bench = Bench(delays_ms=())
+    part = requests(chunk([b"a", b"b"]), range(2), traces=[None, TRACE])
+    bench.plan.steer(part)
+    codes = (Code.MODEL, Code.SCHEMA)
+    failures = [RowFailure(part.slice(i, i + 1), codes[i], "canary", False, 7) for i in range(2)]
+    with capture_logs() as logs:
+        bench.delivery.row_failures(bench.plan, failures)
+    told = {each["code"]: each for each in logs if each["event"] == "requests_failed"}
+
+    assert "canary" not in str(logs)
+    assert {code: (each["log_level"], each["fault"]) for code, each in told.items()} == {
+        "E_MODEL": ("error", "model"),
+        "E_SCHEMA": ("warning", "caller"),
+    }
+    assert [(each["route"], each["batch"], each["requests"]) for each in logs] == [("digits", 7, 1)] * 2
+    assert ("trace_id" in told["E_MODEL"], told["E_SCHEMA"]["trace_id"]) == (False, TRACE[3:35].decode())
 
 
 @pytest.mark.parametrize(

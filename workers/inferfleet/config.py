@@ -323,15 +323,8 @@ class Config(Section, frozen=True):
     @property
     def secrets(self) -> frozenset[str]:
         """Every secret value, so that none of them is ever logged."""
-        found: set[str] = set()
-        for name in SECTIONS:
-            section = getattr(self, name)
-            for key in section.__struct_fields__ if section is not None else ():
-                value = getattr(section, key)
-                pairs = value.items() if isinstance(value, dict) else [(key, value)]
-                found.update(str(each) for prop, each in pairs if each and tables.secret_name(prop))
-                found.update(*(tables.url_secrets(str(each)) for _, each in pairs if "://" in str(each)))
-        return frozenset(found)
+        sections = [getattr(self, name) for name in SECTIONS]
+        return frozenset().union(*(tables.secret_values(each) for each in sections if each is not None))
 
     def current(self, key: str) -> str:
         """Return the string under a dotted key (``redis.password``), read anew if it was given by file."""

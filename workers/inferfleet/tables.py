@@ -161,6 +161,19 @@ def url_secrets(text: str) -> set[str]:
     return {each for found in written if found for each in (found, unquote(found))}
 
 
+def secret_values(section: msgspec.Struct) -> set[str]:
+    """Return every secret of a section, passwords in its URLs included."""
+    found: set[str] = set()
+    for key in section.__struct_fields__:
+        value = getattr(section, key)
+        for name, each in value.items() if isinstance(value, Mapping) else [(key, value)]:
+            if each and secret_name(name):
+                found.add(str(each))
+            elif "://" in str(each):
+                found |= url_secrets(str(each))
+    return found
+
+
 def masked(key: str, value: object) -> object:
     """Return the value as it may be printed: secrets as ``***``, credentials cut out of URLs."""
     if secret_name(key) and value not in ("", None):

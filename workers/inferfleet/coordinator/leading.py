@@ -340,7 +340,13 @@ class Leader:
                 turn.lease,
             )
             self._store.commit(change)
-            log.info("rollout_activates", rollout=live.rollout.id, phase=live.rollout.phase)
+            log.info(
+                "rollout_activates",
+                rollout=live.rollout.id,
+                route=live.rollout.route,
+                version=live.rollout.to_version,
+                phase=live.rollout.phase,
+            )
         return verdict in (Verdict.REFUSED, Verdict.READY)
 
     def _take(self, turn: _Turn, live: _Live, step: Step) -> None:
@@ -358,6 +364,8 @@ class Leader:
             log.info(
                 "rollout_steps",
                 rollout=rollout.id,
+                route=rollout.route,
+                version=rollout.to_version,
                 phase=rollout.phase,
                 percent=rollout.percent,
                 reason=rollout.history[-1].reason if rollout.history else "",

@@ -273,7 +273,14 @@ class Detached:
             for alike in self._alike(waiting, window, specs):
                 comparer.compare(window.comparison, *alike)
         except Exception as error:  # their records are settled all the same
-            log.error("shadow_not_compared", route=part.served.route, exc_info=error, private=True)
+            log.error(
+                "shadow_not_compared",
+                route=part.served.route,
+                model=part.served.model,
+                version=part.served.version,
+                exc_info=error,
+                private=True,
+            )
         rows = window.comparison.verdicts.since(before)
         self._metrics.shadow_rows(waiting.plan.route.shadow_of or "", part.served.version, *rows)
 

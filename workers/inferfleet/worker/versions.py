@@ -236,7 +236,7 @@ class Versions:
         self._load_next()
 
     def _refuse(self, key: Version, error: InferfleetError, kept: str = "") -> None:
-        log.error("model_refused", error=str(error), kept=kept)
+        log.error("model_refused", model=key[0], version=key[1], error=str(error), kept=kept)
         self._metrics.model_loaded(*key, False)
         self._refused[key] = _Refusal(error, self._clock.monotonic())
         self.changes += 1
