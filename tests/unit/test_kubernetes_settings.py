@@ -247,3 +247,24 @@ def test_overlays_share_the_settings_that_have_nothing_to_do_with_a_broker() -> 
     ours.pop("kafka")
     other.pop("rabbitmq")
     assert json.dumps(ours) == json.dumps(other)
+
+
+def test_images_are_made_for_these_pods(overlay: str, secrets: Secrets, tmp_path: Path) -> None:
+    """Each image has a target, runs as the pods' user, and its variables say what the settings say."""
+    file = (REPOSITORY / "deploy" / "Dockerfile").read_text()
+    user = re.findall(r"^USER (\d+):(\d+)$", file, re.MULTILINE)
+    variables = dict(re.findall(r"\b(INFERFLEET_\w+)=(\S+)", file))
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", file, re.MULTILINE))
+    for pod in pods(overlay, secrets, tmp_path):
+        around = pod.workload.pod["securityContext"]
+        assert (str(around["runAsUser"]), str(around["runAsGroup"])) in user
+        assert pod.workload.container["image"].partition("/")[2].partition(":")[0] in targets
+        said = {
+            "INFERFLEET_CONFIG": pod.workload.environment["INFERFLEET_CONFIG"],
+            "INFERFLEET__MODELS__REPOSITORY": pod.config.models.repository,
+            "INFERFLEET__WORKER__STATE": pod.config.worker.state,
+            "INFERFLEET__WORKER__ADMIN_ADDRESS": pod.config.worker.admin_address,
+            "INFERFLEET__COORDINATOR__ADMIN_ADDRESS": pod.config.coordinator.admin_address,
+        }
+        # The environment wins over the file, so a difference would make the file a lie.
+        assert {name: said.get(name) for name in variables} == variables
