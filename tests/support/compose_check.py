@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
 from confluent_kafka import Producer
 
 from tests.support import containers
-from tests.support.compose import Compose, ComposeError, Ports, ask
+from tests.support.compose import REPOSITORY, Compose, ComposeError, Ports, ask
 from tests.support.process import free_ports
-from tests.support.programs import MissingServerError
+from tests.support.programs import MissingServerError, install_package
 from tests.support.waiting import wait_until
 
 REQUESTS = 10_000
@@ -34,6 +37,8 @@ KAFKA, VALKEY = "docker.io/apache/kafka:4.3.1", "docker.io/valkey/valkey:9.1"
 PROMETHEUS, GRAFANA = "docker.io/prom/prometheus:v3.14.0", "docker.io/grafana/grafana:13.2.0"
 # In no good order: each process has to wait by itself where the engine does not see to it.
 SERVICES = ("worker", "traffic", "coordinator", "prometheus", "setup", "models", "secrets", "valkey", "kafka")
+PAGE = REPOSITORY / "docs" / "how-to" / "compose.md"
+HOST_SETTINGS = REPOSITORY / "deploy" / "compose" / "host.toml"
 SAMPLES = "/opt/inferfleet/samples"
 ADMIN_TOKEN = "/run/inferfleet/admin.token"
 UP_S = 300.0
@@ -127,6 +132,7 @@ def _run(compose: Compose, report: Report, say: Callable[[str], None]) -> None:
         report.first_answer_s = time.monotonic() - began
         say(f"from `up` to the first answer: {report.first_answer_s:.1f} s")
         wait_until(lambda: _ready_workers(compose) >= 2, UP_S, "two workers are ready", every_s=1)
+        say(f"the page's tour from the host: {_take_the_tour(compose)} commands, each with exit code 0")
         sent = dict(zip((f"check-{number}" for number in range(REQUESTS)), samples, strict=False))
         _send_with_faults(compose, sender, sent, say)
         _read_results(store, sent, report, say)
@@ -149,6 +155,34 @@ def _samples(compose: Compose) -> Iterator[Asked]:
     while True:
         yield from islice(digits, TEXT_SHARE - 1)
         yield next(texts)
+
+
+def _take_the_tour(compose: Compose) -> int:
+    """Run what the page says under its heading Ask, word for word, in a shell of the host; count its lines.
+
+    Only the ports are others. Raises ComposeError for a command that fails or an answer that is missing.
+    """
+    for program, package in (("kcat", "kcat"), ("redis-cli", "redis-tools")):
+        if shutil.which(program) is None:
+            install_package(package)
+    section = PAGE.read_text(encoding="utf-8").partition("## Ask\n")[2].partition("\n## ")[0]
+    script = "\n".join(re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
+    ports = compose.ports
+    kafka, store = f"127.0.0.1:{ports.kafka}", f"redis://127.0.0.1:{ports.redis}/0"
+    named = {
+        "KAFKA": kafka,
+        "REDIS": store,
+        "INFERFLEET_CONFIG": str(HOST_SETTINGS),
+        "INFERFLEET__KAFKA__BOOTSTRAP_SERVERS": kafka,
+        "INFERFLEET__REDIS__URL": store,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    words = ["env", *(f"{name}={value}" for name, value in named.items()), "sh", "-euc", script]
+    said = compose.run(words, 180)
+    for expected in ("tour-1  ok", '"data":["python"]', "tour-3  error", "E_SHAPE", "inferfleet-id=tour-1"):
+        if expected not in said:
+            raise ComposeError(f"the tour did not print {expected}:\n{said}")
+    return len(re.findall(r"^(?:inferfleet|redis-cli|kcat|echo) ", script, re.MULTILINE))
 
 
 def _send(sender: Producer, request_id: str, asked: Asked) -> None:
