@@ -26,6 +26,8 @@ PLACES = frozenset(
     {"route", "version", "model", "destination", "topic", "queue", "exchange", "use", "file", "rollout"}
 )
 ERRORS = frozenset({"code", "kind", "reason", "error"})
+NAMED = ("route", "model", "version", "code", "kind")
+"""What a line of the limiter's own says under the same keys as the lines that it stands for."""
 TOLD = "lines_suppressed"
 _NUMBERS = re.compile(r"\d+")
 _SHAPE = 160
@@ -88,20 +90,23 @@ class Limiter:
         self._say(found)
 
     def _say(self, found: list[tuple[Kind, Held]]) -> None:
-        for (event, *where), held in found:
-            self._tell({"event": TOLD, "of": event, "reason": " ".join(filter(None, where)), **_counts(held)})
+        for (event, *marks), held in found:
+            pairs = dict(mark.partition("=")[::2] for mark in marks)
+            named = {key: pairs.pop(key) for key in NAMED if key in pairs}
+            rest = {"reason": " ".join(f"{key}={value}" if value else key for key, value in pairs.items())}
+            self._tell({"event": TOLD, "of": event, **named, **(rest if pairs else {}), **_counts(held)})
 
 
 def _kind(event: Mapping[str, Any]) -> Kind:
     kind = [str(event.get("event"))]
     for key, value in event.items():
         if key in PLACES:
-            kind.append(str(value))
+            kind.append(f"{key}={value}")
         elif key in ERRORS:
-            kind.append(_NUMBERS.sub("#", str(value)[:_SHAPE]))
+            kind.append(f"{key}={_NUMBERS.sub('#', str(value)[:_SHAPE])}")
     info = event.get("exc_info")
     if isinstance(info, BaseException):
-        kind.append(type(info).__name__)
+        kind.append(f"kind={type(info).__name__}")
     return tuple(kind)
 
 
