@@ -182,7 +182,7 @@ def _take_the_tour(compose: Compose) -> int:
     for expected in ("tour-1  ok", '"data":["python"]', "tour-3  error", "E_SHAPE", "inferfleet-id=tour-1"):
         if expected not in said:
             raise ComposeError(f"the tour did not print {expected}:\n{said}")
-    return len(re.findall(r"^(?:inferfleet|redis-cli|kcat|echo) ", script, re.MULTILINE))
+    return len(re.findall(r"^(?:inferfleet|redis-cli|kcat|echo|printf) ", script, re.MULTILINE))
 
 
 def _send(sender: Producer, request_id: str, asked: Asked) -> None:

@@ -33,17 +33,6 @@ DEBIAN = (
 )  # fmt: skip
 PULL_S = 180
 
-_CONF = """\
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-[network]
-network_backend = "netavark"
-[containers]
-default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
-"""
-
 _PODMAN = """\
 #!/bin/sh
 # podman without the flag of health checks that an old one (4.3) does not know.
@@ -119,12 +108,12 @@ def engine() -> Engine:
 
 
 def _podman() -> Engine:
-    if any(shutil.which(each) is None for each in ("podman", "runc", "debootstrap", "iptables")):
+    if shutil.which("podman") is None:
         for package in PODMAN_PACKAGES:
             programs.install_package(package)
     compose = _podman_compose()
     CACHE.mkdir(parents=True, exist_ok=True)
-    (CACHE / "containers.conf").write_text(_CONF)
+    (CACHE / "containers.conf").write_text(_podman_settings())
     wrapper = CACHE / "podman"
     wrapper.write_text(_PODMAN)
     wrapper.chmod(0o755)
@@ -135,6 +124,20 @@ def _podman() -> Engine:
         (str(compose), "--in-pod=false", "--podman-path", str(wrapper)),
         {"CONTAINERS_CONF": str(CACHE / "containers.conf")},
         ("--network", "host", "--isolation", "chroot", "-v", certificates),
+    )
+
+
+def _podman_settings() -> str:
+    """Return what makes podman run where crun or systemd do not: runc, no cgroups of systemd's, low limits."""
+    limits = 'default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]'
+    runtime = ['runtime = "runc"'] if shutil.which("runc") else []
+    folders = (Path("/usr/lib/podman"), Path("/usr/libexec/podman"))
+    network = (
+        ['network_backend = "netavark"'] if any((each / "netavark").exists() for each in folders) else []
+    )
+    return "\n".join(
+        ["[engine]", *runtime, 'cgroup_manager = "cgroupfs"', 'events_logger = "file"']
+        + ["[network]", *network, "[containers]", limits, ""]
     )
 
 
@@ -236,6 +239,8 @@ def _stand_in_base(engine: Engine) -> None:
     """Make a Debian with Python, Java and Prometheus, under the name of the Python image."""
     if engine.has(PYTHON):
         return
+    if shutil.which("debootstrap") is None:
+        programs.install_package("debootstrap")
     root = CACHE / "rootfs"
     shutil.rmtree(root, ignore_errors=True)
     included = f"--include={','.join(DEBIAN)}"
