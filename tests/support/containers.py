@@ -128,17 +128,15 @@ def _podman() -> Engine:
 
 
 def _podman_settings() -> str:
-    """Return what makes podman run where crun or systemd do not: runc, no cgroups of systemd's, low limits."""
+    """Return what makes podman run where crun or systemd do not: runc, cgroups of its own, low limits."""
     limits = 'default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]'
     runtime = ['runtime = "runc"'] if shutil.which("runc") else []
     folders = (Path("/usr/lib/podman"), Path("/usr/libexec/podman"))
     network = (
         ['network_backend = "netavark"'] if any((each / "netavark").exists() for each in folders) else []
     )
-    return "\n".join(
-        ["[engine]", *runtime, 'cgroup_manager = "cgroupfs"', 'events_logger = "file"']
-        + ["[network]", *network, "[containers]", limits, ""]
-    )
+    engine = ["[engine]", *runtime, 'cgroup_manager = "cgroupfs"', 'events_logger = "file"']
+    return "\n".join([*engine, "[network]", *network, "[containers]", limits, ""])
 
 
 def _podman_compose() -> Path:
