@@ -117,6 +117,21 @@ def latency(obj: Place, runs: int, requests: int, output: Path | None) -> None:
 
 
 @main.command()
+@click.option("--runs", type=click.IntRange(1), default=5, help="Rounds, each with all three in turn.")
+@click.option("--records", type=click.IntRange(1_000), default=300_000, help="Backlog size.")
+@_output
+@click.pass_obj
+def telemetry(obj: Place, runs: int, records: int, output: Path | None) -> None:
+    """Drain tiny requests of one trace with all metrics, without exemplars, without any; print the cost."""
+    from loadtest import telemetry as measured
+    from loadtest.stage import stage
+
+    with stage(*obj.kafka) as on:
+        result = measured.compare(on, runs=runs, records=records, tell=click.echo)
+    _show(result, output)
+
+
+@main.command()
 @click.option("--first", type=click.IntRange(1), default=500_000, help="Look at this answer,")
 @click.option("--last", type=click.IntRange(2), default=2_000_000, help="and at this one.")
 @_output
