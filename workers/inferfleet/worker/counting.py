@@ -58,7 +58,7 @@ class Counting:
         seconds: npt.NDArray[np.float64] = (now_ms - np.array(timestamps)) / 1000
         served = settling.served
         named = ("", "") if served is None else (served.version, served.variant)
-        trace, at = (None, 0) if settling.traces is None else _shown(settling.traces, seconds)
+        trace, at = (None, 0) if settling.traces is None else exemplar_of(settling.traces, seconds)
         self._metrics.request_seconds(settling.plan.name, seconds, *named, trace=trace, at=at)
         if settling.given_at:
             self._metrics.stage("hand_over", self._clock.monotonic() - settling.given_at)
@@ -95,7 +95,7 @@ def _sampled_in(batch: Batch) -> str | None:
     return None
 
 
-def _shown(traces: Sequence[bytes | None], seconds: npt.NDArray[np.float64]) -> tuple[str | None, int]:
+def exemplar_of(traces: Sequence[bytes | None], seconds: npt.NDArray[np.float64]) -> tuple[str | None, int]:
     """Return the trace to show for these spans, and its index: the slowest's if it is recorded, else any."""
     index: int | None = int(seconds.argmax())
     slowest = traces[index or 0]
