@@ -106,6 +106,9 @@ def test_pairs_are_joined_by_id_and_their_records_settled(monkeypatch: pytest.Mo
     assert (window.route, window.variant, window.seen, window.unmatched) == ("primary", "digits", 3, 0)
     assert window.comparison is not None
     assert (window.comparison.pairs, window.comparison.identical, window.comparison.different) == (3, 2, 1)
+    value = bench.metrics.registry.get_sample_value
+    labels = {"route": "primary", "version": "2", "result": "different"}
+    assert value("inferfleet_shadow_rows_total", labels) == 1
     assert window.codes == {"ok": 3}
     assert (window.batches, window.failures.trials) == (1, 3)
     assert bench.outlet.sent == []

@@ -31,6 +31,10 @@ def test_what_was_answered_runs_again_as_a_shadow_and_is_compared(monkeypatch: p
     assert (shadow.variant, shadow.seen, shadow.shed, shadow.requests) == ("next", 6, 0, 6)
     assert shadow.comparison is not None
     assert (shadow.comparison.pairs, shadow.comparison.different) == (6, 6)
+    value = bench.metrics.registry.get_sample_value
+    apart = {"route": "digits", "version": "2", "result": "different"}
+    assert value("inferfleet_shadow_rows_total", apart) == 6
+    assert value("inferfleet_shadow_rows_total", {**apart, "result": "identical"}) == 0
     assert len(bench.outlet.sent) == 6
     assert bench.told.of("primary", "1").codes == {"ok": 6}
 
