@@ -34,6 +34,7 @@ def test_tails_are_scipys(t: float, df: float) -> None:
     assert distributions.t_sf(t, df) == pytest.approx(stats.t.sf(t, df), rel=1e-7, abs=1e-12)
     assert distributions.normal_sf(t) == pytest.approx(stats.norm.sf(t), rel=1e-9, abs=1e-300)
     assert distributions.chi_square_sf(abs(t), 3) == pytest.approx(stats.chi2.sf(abs(t), 3), rel=1e-8)
+    assert distributions.chi_square_sf(5e-324, 3) == 1.0  # half of it is zero
 
 
 @given(n=st.integers(1, 300), share=st.floats(0.01, 0.99), data=st.data())

@@ -28,7 +28,7 @@ def normal_quantile(share: float) -> float:
 
 def chi_square_sf(x: float, df: int) -> float:
     """Return the chance that a chi-square value with ``df`` degrees of freedom is above ``x``."""
-    return gamma_q(df / 2, x / 2) if x > 0 else 1.0
+    return gamma_q(df / 2, x / 2)
 
 
 def t_sf(t: float, df: float) -> float:
@@ -45,7 +45,9 @@ def binomial_cdf(k: int, n: int, share: float) -> float:
 
 
 def gamma_q(a: float, x: float) -> float:
-    """Return the regularised upper incomplete gamma function Q(a, x) for a > 0, x > 0 (DLMF 8.2.4)."""
+    """Return the regularised upper incomplete gamma function Q(a, x) for a > 0, x >= 0 (DLMF 8.2.4)."""
+    if x <= 0:
+        return 1.0
     scale = math.exp(a * math.log(x) - x - math.lgamma(a))
     if x < a + 1:
         term = total = 1 / a
