@@ -189,6 +189,23 @@ def prepare(engine: Engine, others: Sequence[str], say: Callable[[str], None]) -
     return [each for each in others if not engine.has(each)]
 
 
+def usable_engine(say: Callable[[str], None]) -> Engine:
+    """Return an engine that has a Python base image and has run a container of it.
+
+    Raises MissingServerError where this machine cannot: no fault of our images or of the compose file,
+    whose faults come after it.
+    """
+    found = engine()
+    try:
+        if not found.has(PYTHON) and not _pulled(found, PYTHON):
+            say("no registry answers: a Debian is made to stand in")
+            _stand_in_base(found)
+        found.run("run", "--rm", "--entrypoint", "/bin/true", PYTHON)
+    except subprocess.TimeoutExpired as error:
+        raise MissingServerError(f"{found.name} did not end within {error.timeout:g} s") from None
+    return found
+
+
 def build(engine: Engine, target: str) -> str:
     """Build one target of ``deploy/Dockerfile`` and return its name."""
     image = image_name(target)
@@ -201,9 +218,12 @@ def build(engine: Engine, target: str) -> str:
 
 def sizes(engine: Engine) -> str:
     """Return how much each of our images adds to its base, in MB (1,000,000 bytes)."""
-    base = _size(engine, PYTHON)
-    added = {name: _size(engine, image_name(name)) - base for name in OURS}
-    return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in added.items())
+    return ", ".join(f"{name} {added(engine, name) / 1e6:.0f} MB" for name in OURS)
+
+
+def added(engine: Engine, target: str) -> int:
+    """Return the bytes that one of our images adds to its base."""
+    return _size(engine, image_name(target)) - _size(engine, PYTHON)
 
 
 def image_name(target: str) -> str:

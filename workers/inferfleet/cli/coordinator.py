@@ -15,7 +15,7 @@ import click
 
 from inferfleet import __version__
 from inferfleet.cli.frame import Session, pass_session
-from inferfleet.cli.patience import wait_option
+from inferfleet.cli.patience import end_when_told, wait_option
 from inferfleet.config import Config
 from inferfleet.errors import ConfigError, ModelRepositoryError
 from inferfleet.patience import Patience
@@ -94,6 +94,7 @@ def _run(config: Config, patience: Patience) -> None:
 
     holder = holder_name()
     configure_process(config, "coordinator", holder, __version__)
+    end_when_told()
     tokens = config.coordinator.token_file
     if patience.given and tokens:
         patience.until("waiting_for_tokens", lambda: TokenBook(config.base / tokens, time.time))

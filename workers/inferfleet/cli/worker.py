@@ -20,7 +20,7 @@ from inferfleet.cli.following import first_routes, open_feed
 from inferfleet.cli.frame import Session
 from inferfleet.cli.loading import RepositoryModels
 from inferfleet.cli.outcomes import open_outcomes
-from inferfleet.cli.patience import wait_option
+from inferfleet.cli.patience import end_when_told, wait_option
 from inferfleet.cli.slot import with_worker_id
 from inferfleet.cli.starting import wait_for_all
 from inferfleet.cli.tracing import open_traces
@@ -62,6 +62,7 @@ def worker(session: Session, until_idle: float | None, wait_s: float | None) -> 
     check_supported(config)
     configure_process(config, "worker", config.worker_id, __version__)
     _limit_threads(config)
+    end_when_told()
     news: SimpleQueue[News] = SimpleQueue()
     patience = Patience(wait_s)
     feed = open_feed(config, SystemClock(), lambda: news.put(None), patience.server_s)
