@@ -76,7 +76,7 @@ def waiting_worker(engine: Engine) -> Iterator[str]:
     words = ("run", "-d", *LOCKED_DOWN, *environment, "--entrypoint", "sh", image, *settings)
     container = engine.run(*words).strip()
     yield container
-    engine.run("rm", "-f", container)
+    engine.run("rm", "-f", "-v", container)
 
 
 def test_a_worker_that_waits_ends_when_it_is_told(engine: Engine, waiting_worker: str) -> None:

@@ -210,10 +210,21 @@ def build(engine: Engine, target: str) -> str:
     """Build one target of ``deploy/Dockerfile`` and return its name."""
     image = image_name(target)
     index = package_index()
-    told = ["--build-arg", f"INDEX_URL={index}"] if index else []
+    told = [
+        "--build-arg",
+        f"REVISION={_revision()}",
+        *(["--build-arg", f"INDEX_URL={index}"] if index else []),
+    ]
     words = ["build", "-q", *engine.build_options, *told, "-f", "deploy/Dockerfile", "--target", target]
     engine.run(*words, "-t", image, ".", timeout_s=900)
     return image
+
+
+def _revision() -> str:
+    """Return the commit of this folder, where it is a repository."""
+    git = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def sizes(engine: Engine) -> str:
