@@ -158,7 +158,7 @@ def said() -> Iterator[list[str]]:
 
 @pytest.mark.service
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_the_whole_fleet_keeps_its_promises_in_containers(said: list[str]) -> None:
     """10,000 requests through a kill, four workers, two again and a changed route: none lost, none wrong."""
     try:
