@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from structlog.testing import capture_logs
 
-from inferfleet.errors import BrokerError
+from inferfleet.cli import starting
+from inferfleet.config import Config, Routes
+from inferfleet.errors import BrokerError, ModelRepositoryError
 from inferfleet.patience import SERVER_S, Patience
 
 
@@ -58,3 +60,17 @@ def test_when_the_time_is_over_the_last_reason_is_raised() -> None:
         patience.until("waiting_for_topics", Missing(1_000))
 
     assert patience.server_s == 0
+
+
+def test_a_version_that_is_missing_holds_up_no_fleet_that_has_other_routes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A route of the control plane waits for its versions by itself; those of a file go together."""
+
+    def missing(*_: object) -> None:
+        raise ModelRepositoryError("model 'sums' has no version 9")
+
+    monkeypatch.setattr(starting, "look_for_models", missing)
+    starting.wait_for_all(Config(routes=Routes(source="fleet")), (), Patience(0.01))
+    with pytest.raises(ModelRepositoryError, match="version 9"):
+        starting.wait_for_all(Config(), (), Patience(0.01))

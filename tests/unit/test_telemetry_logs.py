@@ -218,6 +218,24 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     logging.getLogger("library").error("lost too")
 
 
+def test_what_interrupts_a_line_may_log_on_the_same_thread() -> None:
+    """A destructor may: its line must not wait for the one that it interrupts."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "first" in text:
+                structlog.get_logger().warning("second")
+            return super().write(text)
+
+    stream = Interrupted()
+    configure("json", stream=stream)
+    caller = threading.Thread(target=lambda: structlog.get_logger().warning("first"), daemon=True)
+    caller.start()
+    caller.join(20)
+    assert not caller.is_alive()
+    assert sorted(json.loads(line)["event"] for line in stream.getvalue().splitlines()) == ["first", "second"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_process_masks_what_it_reads_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -7,11 +7,8 @@ import sys
 import threading
 
 import click
-import structlog
 
 from inferfleet.patience import SERVER_S
-
-log = structlog.get_logger(__name__)
 
 wait_option = click.option(
     "--wait",
@@ -33,6 +30,6 @@ def end_when_told() -> None:
         signal.signal(signal.SIGTERM, _end)
 
 
-def _end(number: int, _frame: object) -> None:
-    log.info("start_broken_off", signal=signal.Signals(number).name)
+def _end(_number: int, _frame: object) -> None:
+    # Nothing is logged: the signal may have come in the middle of a line.
     sys.exit(0)

@@ -19,7 +19,8 @@ log = structlog.get_logger(__name__)
 def wait_for_all(config: Config, routes: Sequence[Route], patience: Patience) -> None:
     """Wait for the brokers that the routes name and for all that they need there; bounded.
 
-    With ``--wait`` also for topics, queues and model versions that do not stand yet. Raises the first
+    With ``--wait`` also for topics, queues and model versions that do not stand yet; not for versions of
+    routes in the control plane, where a missing one holds up its own route and no other. Raises the first
     BrokerError, or with ``--wait`` ModelRepositoryError, that is left when the patience has ended.
     """
     if uses_kafka(routes):
@@ -27,7 +28,7 @@ def wait_for_all(config: Config, routes: Sequence[Route], patience: Patience) ->
         patience.until("waiting_for_topics", lambda: check_topics(config, routes))
     if uses_rabbitmq(routes):
         patience.until("waiting_for_queues", lambda: check_rabbitmq(config, routes, patience.server_s))
-    if patience.given:
+    if patience.given and config.routes.source != "fleet":
         patience.until("waiting_for_models", lambda: look_for_models(config, routes))
 
 

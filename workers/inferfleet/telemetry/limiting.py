@@ -42,7 +42,7 @@ class Limiter:
         self._window_s = window_s
         self._clock = clock
         self._tell = tell
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._look_at = clock() + window_s
 
     def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

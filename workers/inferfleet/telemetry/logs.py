@@ -136,7 +136,8 @@ class _Sink:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._lock = threading.Lock()
+        # What interrupts a line, like a destructor that logs, may log on the same thread.
+        self._lock = threading.RLock()
 
     def msg(self, line: str) -> None:
         """Write a line."""
@@ -144,7 +145,7 @@ class _Sink:
             try:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError, RuntimeError):
                 return
 
     log = debug = info = warn = warning = error = critical = fatal = exception = msg
