@@ -107,3 +107,13 @@ def test_the_first_of_a_repeated_header_counts_in_any_case() -> None:
 
     assert context.trace_of_headers(headers) == TRACE + b"\na=1"
     assert context.trace_of_headers(None) is None
+
+
+def test_what_a_caller_sends_leaves_room_for_the_answer() -> None:
+    """An outcome carries the trace: one that any caller could make too large would be refused for ever."""
+    header = b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01"
+    later = b"01" + header[2:] + b"-" + b"x" * context.MOST_PARENT
+
+    assert context.trace_of(header, b"a" * context.MOST_STATE) == header + b"\n" + b"a" * context.MOST_STATE
+    assert context.trace_of(header, b"a" * (context.MOST_STATE + 1)) == header
+    assert context.trace_of(later) is None
