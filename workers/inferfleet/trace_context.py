@@ -26,15 +26,15 @@ _SAMPLED = frozenset(b"13579bdf")
 
 MOST_PARENT = 256
 MOST_STATE = 512
-"""The bytes of each header that go on: an outcome carries them, and a topic must have room for it. The W3C asks
-for 512 of ``tracestate`` (Trace Context, 3.3.1.5)."""
+"""The bytes of each header that go on: an outcome carries them, and a topic must have room for it. The W3C
+asks for 512 of ``tracestate`` (Trace Context, 3.3.1.5)."""
 
 
 def trace_of(traceparent: bytes | None, tracestate: bytes | None = None) -> bytes | None:
     """Return the trace that two headers name; ``None`` where the first is none.
 
-    Of a version that is not known yet, what stands at the places of version 00 counts, whatever follows. What is
-    longer than :data:`MOST_PARENT` is no trace; a state longer than :data:`MOST_STATE` is left out.
+    Of a version that is not known yet, what stands at the places of version 00 counts, whatever follows. What
+    is longer than :data:`MOST_PARENT` is no trace; a state longer than :data:`MOST_STATE` is left out.
     """
     if traceparent is None or len(traceparent) > MOST_PARENT or not _FORM.fullmatch(traceparent):
         return None
