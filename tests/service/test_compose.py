@@ -43,12 +43,24 @@ def test_images_are_pinned_and_our_own_are_built_here() -> None:
         image, _, tag = service["image"].rpartition(":")
         assert image, name
         assert re.search(r"\d+\.\d+", tag), f"{name}: {service['image']}"
-    built = {
-        each["build"]["target"]: each["image"].split(":")[0] for each in OURS.values() if "build" in each
+    built = [
+        (each["build"]["target"], each["image"].split(":")[0]) for each in OURS.values() if "build" in each
+    ]
+    # Each once: builds of one name beside each other may get into each other's way.
+    assert sorted(built) == [
+        (name, f"inferfleet/{name}") for name in ("coordinator", "demo", "worker-onnx", "worker-torch")
+    ]
+
+
+def test_every_worker_is_found_by_prometheus() -> None:
+    """It asks for the name ``worker``: those of profiles answer to it as well."""
+    workers = {name for name in SERVICES if name.startswith("worker")}
+    named = {
+        name
+        for name in workers
+        if "worker" in SERVICES[name].get("networks", {}).get("default", {}).get("aliases", ())
     }
-    assert built == {
-        name: f"inferfleet/{name}" for name in ("coordinator", "worker-onnx", "worker-torch", "demo")
-    }
+    assert named | {"worker"} == workers
 
 
 def test_nothing_is_published_beyond_loopback() -> None:
