@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from confluent_kafka import TopicPartition
 
 from inferfleet.errors import BrokerError
 from inferfleet.records import Chunk, Stream
@@ -478,6 +479,25 @@ def test_taking_without_waiting_returns_what_is_there(bench: Bench) -> None:
 
     wait_until(lambda: len(taken()) == 3, PATIENCE_S, "three records are taken")
     assert reader.turn(max_wait_s=0.0) == []
+
+
+@pytest.mark.service
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_what_ends_a_transaction_is_no_record_that_waits(kafka: KafkaServer, protocol: str) -> None:
+    """Its marker has an offset, which nobody takes; records behind it count and come."""
+    bench = KafkaBench(kafka, protocol)
+    topic = bench.topic()
+    bench.send(topic, 0, Sent(b"first"))
+    reader = bench.join(topic)
+    bench.until_taken(reader, 1)
+    bench.leave_a_gap(topic, 0)
+    watermarks = reader.intake._consumer.get_watermark_offsets
+    bench.until(lambda: watermarks(TopicPartition(topic, 0), cached=True)[1] == 3, "it is known", reader)
+    bench.until(lambda: reader.intake.lag() == {Stream(topic, 0): 0}, "nothing waits", reader)
+    bench.send(topic, 0, Sent(b"second"))
+    bench.until_taken(reader, 2)
+    bench.until(lambda: reader.intake.lag() == {Stream(topic, 0): 0}, "nothing waits again", reader)
+    bench.close()
 
 
 @pytest.mark.service
