@@ -48,10 +48,12 @@ def test_versions_change_without_a_gap_and_bad_changes_change_nothing(
         revision = worker.status()["revision"]
         fleet.routes_file.write_text("[[route]]\nname = ")
         worker.wait_event("routes_refused")
+        wait_until(lambda: worker.metric("routes_refused") == 1, 30, "the metrics say so")
         fleet.handler("raise RuntimeError('broken on purpose')", version="3")
         route["version"] = "3"
         fleet.write_routes()
         assert wait_until(lambda: _refusal(worker, "broken on purpose"), 30, "version 3 is refused")
+        wait_until(lambda: worker.metric("model_refused", version="3") == 1, 30, "it is told of by itself")
         answered_by(reader, load, "1")
         assert worker.status()["revision"] == revision
         assert worker.ready

@@ -44,6 +44,11 @@ class Shown:
         """Why it may be old."""
         return "" if self._world.offered is self._world.log else "news are slow"
 
+    @property
+    def refused(self) -> str:
+        """Nothing is."""
+        return ""
+
     def close(self) -> None:
         """Nothing to let go of."""
 

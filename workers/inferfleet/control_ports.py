@@ -25,6 +25,10 @@ class RouteFeed(Protocol):
     def stale(self) -> str:
         """Why the log may be old (the store does not answer, or offers an older one); empty if it is not."""
 
+    @property
+    def refused(self) -> str:
+        """Why what the source offers now is not adopted; empty if it is, or if the source does not answer."""
+
     def close(self) -> None:
         """Stop following."""
 

@@ -113,7 +113,12 @@ class RedisRouteFeed:
     @property
     def stale(self) -> str:
         """Why the log may be old; empty if it is not."""
-        return "; ".join(filter(None, (self._away, self._refused, *self._told.values())))
+        return "; ".join(filter(None, (self._away, self.refused)))
+
+    @property
+    def refused(self) -> str:
+        """Why the log, or a revision in it, is not adopted; empty if it is."""
+        return "; ".join(filter(None, (self._refused, *self._told.values())))
 
     def close(self) -> None:
         """Stop following."""

@@ -50,5 +50,10 @@ class FileFeed:
         """Why the file could not be understood when it was last read; what stood in it before goes on."""
         return self._wrong
 
+    @property
+    def refused(self) -> str:
+        """The same: a file is old only by being wrong."""
+        return self._wrong
+
     def close(self) -> None:
         """There is nothing to let go of."""

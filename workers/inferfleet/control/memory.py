@@ -215,6 +215,7 @@ class MemoryRouteFeed:
         self._store = store
         self._log = EMPTY_LOG
         self._stale = ""
+        self._refused = ""
 
     def __repr__(self) -> str:
         return f"MemoryRouteFeed(number={self._log.head.number}, stale={self._stale!r})"
@@ -229,7 +230,7 @@ class MemoryRouteFeed:
             self._stale = str(error)
             return self._log
         verdict = adoption(own, found.head, link)
-        self._stale = refusal(verdict, own, found.head)
+        self._stale = self._refused = refusal(verdict, own, found.head)
         if verdict is Adoption.NEWER:
             self._log = found
         return self._log
@@ -238,6 +239,11 @@ class MemoryRouteFeed:
     def stale(self) -> str:
         """Why the log may be old; empty if it is not."""
         return self._stale
+
+    @property
+    def refused(self) -> str:
+        """Why what the store holds is not adopted; empty if it is."""
+        return self._refused
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""

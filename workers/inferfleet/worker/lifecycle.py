@@ -294,6 +294,7 @@ class Worker:
             log.error("routes_refused", error=str(error), kept=self._adopting.label)
             return False
         if found is self._adopting.log or found == self._adopting.log:
+            self._declined = None
             return False
         if found.head.number and adoption(self._adopting.log.head, found.head) not in _GOES_ON:
             if found.head != self._declined:
@@ -326,7 +327,8 @@ class Worker:
     def _show(self) -> None:
         """Let the metrics say how far the routes are followed."""
         metrics, adopting = self._to.metrics, self._adopting
-        metrics.routes_refused(self._refused_at is not None or self._declined is not None)
+        served = self._refused_at is None and self._declined is None
+        metrics.routes_refused(bool(self._to.feed.refused) or not served)
         metrics.routes_adopted(adopting.adopted, adopting.refused)
 
     def _tell(self) -> None:
