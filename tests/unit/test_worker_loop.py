@@ -306,3 +306,26 @@ def test_each_station_and_every_record_is_counted(monkeypatch: pytest.MonkeyPatc
     bench.loop.gauges()
     assert value("streams", route="digits") == 1
     assert value("route_goal_seconds", route="digits") == 0.001
+
+
+def test_what_can_wait_no_longer_is_not_shown_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that has left keeps no number for ever, and a route that has gone is not shown as resumed."""
+    bench = Bench(monkeypatch)
+
+    def shown(name: str, **labels: str) -> float | None:
+        return bench.metrics.registry.get_sample_value(f"inferfleet_{name}", labels)
+
+    model = bench.use().variants[0].served.model
+    bench.loop.gauges()
+    assert shown("queue_rows", model=model, version="1", role="primary") == 0.0
+    bench.use("2")
+    bench.loop.gauges()
+    assert shown("queue_rows", model=model, version="1", role="primary") is None
+    assert shown("queue_rows", model=model, version="2", role="primary") == 0.0
+
+    name = bench.use("2").name
+    bench.loop.held = {name: "somebody"}
+    bench.loop.use([])
+    bench.metrics.routes({})
+    bench.loop._hold(bench.clock.monotonic())
+    assert shown("route_paused", route=name) is None

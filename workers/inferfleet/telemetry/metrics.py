@@ -330,6 +330,10 @@ class PrometheusMetrics:
         """Whether the newest routes as a whole cannot be read or served; those before go on."""
         self._routes_refused.set(refused)
 
+    def queue_gone(self, model: str, version: str, role: str) -> None:
+        """Nothing can wait for this version in this role any longer."""
+        self._queue_rows.forget(model, version, role)
+
     def routes_adopted(self, revisions: Mapping[str, int], refused: Collection[str]) -> None:
         """These revisions of routes are served, or could be at once; 0 is one from a file.
 

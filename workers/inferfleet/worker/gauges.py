@@ -21,10 +21,12 @@ class Gauges:
         self._batcher = batcher
         self._admission = admission
         self._metrics = metrics
+        self._queues: set[tuple[str, str, str]] = set()
 
     def refresh(self, schedules: Collection[Schedule], lag: Mapping[str, int], now_ms: int) -> None:
         """Read them for these routes; ``lag`` is how many records of each are not taken yet."""
         streams = self._ledger.streams
+        queues: set[tuple[str, str, str]] = set()
         for schedule in schedules:
             name = schedule.name
             self._metrics.streams(name, sum(stream.source in schedule.sources for stream in streams))
@@ -38,3 +40,7 @@ class Gauges:
                 served, role = variant.served, variant.role
                 waiting = self._batcher.waiting(served.model, served.version, role)
                 self._metrics.queue_rows(served.model, served.version, role, waiting)
+                queues.add((served.model, served.version, role))
+        for gone in self._queues - queues:
+            self._metrics.queue_gone(*gone)
+        self._queues = queues

@@ -321,7 +321,8 @@ class WorkerLoop:
             self._metrics.route_paused(name, True)
         for name in self.held.keys() - held.keys():
             log.info("route_resumed", route=name)
-            self._metrics.route_paused(name, False)
+            if name in {each.name for each in self._schedules.values()}:
+                self._metrics.route_paused(name, False)
         self.held = held
 
     # Waiting

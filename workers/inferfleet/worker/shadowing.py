@@ -368,7 +368,7 @@ class Shadowing:
         for queue in self._queues.values():
             waiting[queue[0].engine.model, queue[0].engine.version] += sum(copy.rows for copy in queue)
         for name in self._shown - set(waiting):
-            self._metrics.queue_rows(*name, "shadow", 0)
+            self._metrics.queue_gone(*name, "shadow")
         for (model, version), rows in waiting.items():
             self._metrics.queue_rows(model, version, "shadow", rows)
         self._shown = set(waiting)
