@@ -37,6 +37,7 @@ class Feed:
         self.asked: list[str] = []
         self.coming: list[Heard] = []
         self.closed = False
+        self.waited = True
 
     def ask(self, ids: Sequence[str]) -> None:
         self.asked += ids
@@ -45,8 +46,9 @@ class Feed:
         found, self.coming = self.coming, []
         return found
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         self.closed = True
+        self.waited = wait
 
     def tell(self, *answers: tuple[str, float]) -> None:
         """Let the primary have answered these with these values."""
@@ -262,6 +264,7 @@ def test_answers_that_go_elsewhere_from_now_on_are_heard_there(monkeypatch: pyte
     bench.place, bench.feed = "redis", Feed()
     bench.detached.serve([bench.plan])
     assert (bench.opened, before.closed, bench.feed.closed) == (["primary"] * 2, True, False)
+    assert not before.waited
     bench.take(chunk([GOOD]))
     batch = bench.finish(1.0)
     bench.feed.tell((batch.parts[0].ids[0], 1.0))

@@ -129,8 +129,8 @@ class OutcomeFeed(Protocol):
     def poll(self) -> list[Heard]:
         """Return what has come."""
 
-    def close(self) -> None:
-        """Stop, within a bound."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop, and wait for it within a bound, or not at all."""
 
 
 class Outlet(Protocol):

@@ -64,10 +64,11 @@ class KafkaOutcomes:
         except Empty:
             return found
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Stop reading."""
         self._stopping.set()
-        self._thread.join(ASK_S + POLL_S)
+        if wait:
+            self._thread.join(ASK_S + POLL_S)
 
     def _run(self) -> None:
         consumer = Consumer(self._properties, logger=silent_logger())

@@ -54,10 +54,11 @@ class RedisOutcomes:
         except Empty:
             return found
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Stop looking."""
         self._stopping.set()
-        self._thread.join(JOIN_S)
+        if wait:
+            self._thread.join(JOIN_S)
 
     def _run(self) -> None:
         client: Any = None

@@ -216,7 +216,7 @@ class Detached:
             for waiting in join.ended(float("inf"), self._most):
                 self._end(waiting)
             if join.feed is not None:
-                join.feed.close()
+                join.feed.close(wait=False)  # its reader may wait for a server; the loop does not
         for plan in plans:
             self._join(plan)
 
