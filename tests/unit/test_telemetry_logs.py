@@ -218,6 +218,21 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     logging.getLogger("library").error("lost too")
 
 
+@pytest.mark.parametrize("form", ["json", "ecs", "console"])
+def test_a_librarys_line_that_cannot_be_formatted_is_one_line_without_its_arguments(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The usual handler prints them on standard error, whatever they hold."""
+    stream = io.StringIO()
+    configure(form, stream=stream)
+    broken = ("%d of %s", "marked-1", "marked-2", "marked-3")
+    logging.getLogger("library").error(*broken)
+
+    (line,) = stream.getvalue().splitlines()
+    assert "log_line_failed" in line
+    assert "marked" not in line + "".join(capsys.readouterr())
+
+
 def test_what_interrupts_a_line_may_log_on_the_same_thread() -> None:
     """A destructor may: its line must not wait for the one that it interrupts."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -218,6 +219,17 @@ def test_a_share_of_requests_without_a_trace_begins_one(monkeypatch: pytest.Monk
     headers = [each.header("traceparent") for each in recorded.bench.outlet.to(RESULTS)]
     carried = {header.decode().split("-")[1] for header in headers if header is not None}
     assert carried == {span.context.trace_id for span in begun}
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1e-6, 0.001, 0.25, 0.999])
+def test_how_many_are_passed_over_is_right_for_small_shares_too(ratio: float) -> None:
+    """On average ``1 / ratio - 1``; its deviation is about as large."""
+    bits = random.Random(1)
+    traces = RecordTraces(lambda _span: None, "g", ratio, bits.getrandbits)
+    drawn = [traces._drawn() for _ in range(4_000)]
+
+    mean = 1 / ratio - 1
+    assert abs(sum(drawn) / len(drawn) - mean) < 5 * math.sqrt(1 - ratio) / ratio / math.sqrt(len(drawn))
 
 
 def test_a_caller_who_decided_not_to_record_is_not_overruled() -> None:

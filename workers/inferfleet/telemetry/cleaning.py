@@ -47,10 +47,12 @@ class Cleaner:
         return self._text(text, one_line, longest)
 
     def _learn(self) -> None:
-        self._known = len(self._secrets)
+        secrets = tuple(self._secrets)
         # Longest first: a secret may be the beginning of another one.
-        hidden = sorted({each for each in tuple(self._secrets) if each}, key=len, reverse=True)
+        hidden = sorted({each for each in secrets if each}, key=len, reverse=True)
         self._hidden = re.compile("|".join(map(re.escape, hidden))) if hidden else None
+        # Last: until then every other thread learns for itself.
+        self._known = len(secrets)
 
     def _text(self, text: str, one_line: bool = True, longest: int = MAX_TEXT) -> str:
         if self._hidden is not None:

@@ -160,9 +160,12 @@ class _ToSink(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._sink.msg(self.format(record))
-        except Exception:
-            self.handleError(record)
+            line = self.format(record)
+        except Exception as error:
+            # The usual handler would print the record's arguments as they are.
+            said = (record.name, record.levelno, record.pathname, record.lineno, "log_line_failed: %s")
+            line = self.format(logging.LogRecord(*said, (type(error).__name__,), None))
+        self._sink.msg(line)
 
 
 def _with(context: dict[str, object]) -> Processor:

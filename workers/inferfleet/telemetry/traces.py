@@ -9,6 +9,7 @@ is made, whatever their headers say.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -179,12 +180,11 @@ class RecordTraces:
 
     def _drawn(self) -> int:
         """Return how many requests are passed over before the next one: geometric, so that each is alike."""
-        if self._ratio <= 0:
+        if not 0 < self._ratio < 1:
             return 0
-        passed = 0
-        while passed < 1_000_000 and self._bits(53) / (1 << 53) >= self._ratio:
-            passed += 1
-        return passed
+        # The inverse of the distribution, at a share in (0, 1].
+        share = (self._bits(53) + 1) / (1 << 53)
+        return int(math.log(share) / math.log1p(-self._ratio))
 
     def _id(self, bits: int) -> int:
         return self._bits(bits) or 1
