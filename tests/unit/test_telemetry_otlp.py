@@ -93,11 +93,16 @@ def test_a_span_that_cannot_be_made_ends_nobody() -> None:
         assert len(collector.spans) == 1
 
 
-def test_a_collector_that_is_away_holds_up_no_end() -> None:
+def test_a_collector_that_is_away_holds_up_no_end(caplog: pytest.LogCaptureFixture) -> None:
     """It takes the connection and says nothing: the worker leaves while its last span still waits."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         export = OtlpExport(f"http://127.0.0.1:{silent.getsockname()[1]}", {"service.name": "w"})
         export.export(SPAN)
         export.close(0.2)
 
-        assert "traces-end" in {thread.name for thread in threading.enumerate()}
+        (ending,) = (thread for thread in threading.enumerate() if thread.name == "traces-end")
+    # its listener is gone: the one attempt fails, and no other follows
+    ending.join(30.0)
+    assert not ending.is_alive()
+    assert "shutdown" in caplog.text
+    assert "retrying" not in caplog.text
