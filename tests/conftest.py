@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,26 @@ def pytest_runtest_call() -> Generator[None, object, object]:
     """Apply the rule to servers that tests start by themselves."""
     with _servers_or_skip():
         return (yield)
+
+
+_IDLE_THREADS = ("pytest_timeout", "asyncio-portal", "AnyIO worker")
+"""Of pytest's timer, and of schemathesis, which keeps its loop until the process ends."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    """What a module's tests start ends with them: threads that live on disturb whoever comes next."""
+    before = set(threading.enumerate())
+    yield
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and not thread.name.startswith(_IDLE_THREADS)
+    ]
+    for thread in left:
+        thread.join(10.0)
+    names = [thread.name for thread in left if thread.is_alive()]
+    assert not names, f"threads that these tests have left: {names}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -296,7 +296,7 @@ def test_each_station_and_every_record_is_counted(monkeypatch: pytest.MonkeyPatc
     def value(name: str, **labels: str) -> float | None:
         return bench.metrics.registry.get_sample_value(f"inferfleet_{name}", labels)
 
-    stages = {"read": 1, "gather": 1, "predict": 1, "write": 1, "hand_over": 2}
+    stages = {"take": 1, "read": 1, "gather": 1, "predict": 1, "write": 1, "hand_over": 2, "settle": 1}
     assert {stage: value("stage_seconds_count", stage=stage) for stage in stages} == stages
     assert value("records_total", route="digits") == 3
     answered = {"route": "digits", "version": "1", "variant": "stable"}

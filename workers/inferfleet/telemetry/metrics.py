@@ -237,9 +237,10 @@ class PrometheusMetrics:
     def stage(self, stage: str, seconds: float) -> None:
         """A chunk or batch spent so long at a station.
 
-        ``read``: a chunk until its requests wait; ``gather``: from there until a batch's model began, for
-        its first; ``predict``; ``write``: from there until all its outcomes are handed over; ``hand_over``:
-        until the outlets have confirmed those of one chunk's part.
+        ``take``: a chunk from the broker until it is read; ``read``: until its requests wait; ``gather``:
+        from there until a batch's model began, for its first; ``predict``; ``write``: from there until all
+        its outcomes are handed over; ``hand_over``: until the outlets have confirmed those of one chunk's
+        part; ``settle``: the first that was confirmed since a commit, until the next one.
         """
         self._stage_seconds[(stage,)].observe(seconds)
 

@@ -24,6 +24,8 @@ class Counting:
         self._metrics = metrics
         self._traces = traces
         self._clock = clock
+        self._confirmed_at: float | None = None
+        """When the first outcome since the last commit was confirmed, in monotonic seconds."""
 
     def batch(self, result: BatchResult) -> float:
         """Count a batch that has run; return the monotonic time at which that was heard of."""
@@ -45,10 +47,18 @@ class Counting:
 
     def outcomes(self, settling: Settling) -> None:
         """Count outcomes, or the records of further attempts, that every outlet has confirmed."""
+        if self._confirmed_at is None:
+            self._confirmed_at = self._clock.monotonic()
         if self._traces.on and settling.traces is not None:
             self._traces.ended(*self._ended(settling, settling.traces))
         for (version, variant, outcome), count in settling.outcomes.items():
             self._metrics.outcomes(settling.plan.name, version, variant, outcome, count)
+
+    def committed(self) -> None:
+        """What was confirmed has gone to the broker as positions."""
+        if self._confirmed_at is not None:
+            self._metrics.stage("settle", self._clock.monotonic() - self._confirmed_at)
+            self._confirmed_at = None
 
     def latencies(self, settling: Settling, now_ms: int) -> npt.NDArray[np.float64]:
         """Count how long the requests took, from their timestamps to now; return it, in seconds."""

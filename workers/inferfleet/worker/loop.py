@@ -368,6 +368,7 @@ class WorkerLoop:
             positions = self.ledger.positions()
         if positions:
             self._intake.settle(positions)
+            self._counting.committed()
 
     # Rebalance news: called inside the intake's take, on this thread.
 

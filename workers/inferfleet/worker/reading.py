@@ -82,6 +82,7 @@ class Reading:
 
     def _read(self, schedule: Schedule, chunk: Chunk) -> None:
         started = self._clock.monotonic()
+        self._metrics.stage("take", max(0.0, started - chunk.taken_at))
         if schedule.brings_retries(chunk.stream.source):
             restore(chunk)
         elif schedule.plan.route.time == "received":
