@@ -100,6 +100,18 @@ def _trigger(kind: str, metadata: Schema) -> Schema:
 
 _TRIGGERS = _list({"oneOf": [_trigger("kafka", _KAFKA), _trigger("rabbitmq", _RABBITMQ)]})
 _ANYTHING: Schema = {"type": "object"}
+_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_RULES = [
+    _table("record expr", record=_NAME, expr=_NAME, labels=_TEXTS),
+    _table(
+        "alert expr",
+        alert=_NAME,
+        expr=_NAME,
+        labels=_TEXTS,
+        annotations=_TEXTS,
+        **{"for": _DURATION, "keep_firing_for": _DURATION},
+    ),
+]
 
 SCHEMAS: dict[str, Schema] = {
     "ScaledObject": _kind(
@@ -177,6 +189,16 @@ SCHEMAS: dict[str, Schema] = {
                     scrapeTimeout=_DURATION,
                     honorLabels={"type": "boolean"},
                 )
+            ),
+        ),
+    ),
+    "PrometheusRule": _kind(
+        "monitoring.coreos.com/v1",
+        "PrometheusRule",
+        _table(
+            "groups",
+            groups=_list(
+                _table("name rules", name=_NAME, interval=_DURATION, rules=_list({"oneOf": _RULES}))
             ),
         ),
     ),

@@ -13,10 +13,12 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.support import custom_kinds, pod_security
 from tests.support.manifests import NAMESPACE, OVERLAYS, Manifest, Rendered, Workload, render, selects
 from tests.support.programs import REPOSITORY
+from tools.prometheus_rules import objects
 
 VERSIONS = ("1.31", "1.37")
 """The oldest Kubernetes that the manifests are for, and the newest that there are schemas of."""
@@ -101,6 +103,7 @@ def test_every_object_is_in_its_place(rendered: Rendered) -> None:
         ("ScaledObject", ("spec", "triggers", 0, "metadata", "lagThreshold"), 1000),
         ("ScaledObject", ("spec", "triggers", 0, "type"), "kafkas"),
         ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "interval"), "15"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "duration"), "5m"),
     ],
 )
 def test_the_check_of_schemas_bites(kind: str, path: tuple[Any, ...], value: Any) -> None:
@@ -221,6 +224,20 @@ def test_jobs_have_the_names_that_the_rules_know(base: Rendered) -> None:
     rules = (REPOSITORY / "deploy" / "prometheus" / "rules").glob("*.yaml")
     named = {job for file in rules for job in re.findall(r'job="([^"]+)"', file.read_text())}
     assert named <= made | {"prometheus"}
+
+
+def test_the_operator_gets_the_rules_as_they_are(base: Rendered) -> None:
+    """A PrometheusRule holds what promtool has tested; the committed file is what its writer writes."""
+
+    def spaced(groups: Any) -> Any:
+        """Kustomize breaks the lines of some expressions anew."""
+        return json.loads(re.sub(r"(\\n|\s)+", " ", json.dumps(groups)))
+
+    found = {each["metadata"]["name"]: spaced(each["spec"]["groups"]) for each in base.of("PrometheusRule")}
+    files = (REPOSITORY / "deploy" / "prometheus" / "rules").glob("*.yaml")
+    assert found == {file.stem: spaced(yaml.safe_load(file.read_text())["groups"]) for file in files}
+    written = (REPOSITORY / "deploy" / "kubernetes" / "base" / "rules.yaml").read_text()
+    assert written == objects(), "write it again: python -m tools.prometheus_rules"
 
 
 def test_network_policies_close_everything_and_open_what_is_there(rendered: Rendered) -> None:
