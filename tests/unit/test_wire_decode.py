@@ -400,6 +400,27 @@ def test_columns_with_numbers_out_of_range_have_the_codes_of_v2(text: str, code:
     assert codes(DECODERS["columns"].decode(chunk([b'{"x":[%b]}' % text.encode()]))) == {0: code}
 
 
+@pytest.mark.parametrize("headers", [None, GENERAL], ids=["fast", "general"])
+def test_columns_on_a_v2_route_are_told_what_takes_them(headers: Headers) -> None:
+    """The hint stands where a key is an input of the model, and nowhere else; ids are found all the same."""
+    bodies: list[bytes | None] = [
+        b'{"x":[1,2,3,4],"id":"c"}',
+        b'{"y":[1,2,3,4]}',
+        b'{"x":[1,2,3,4]}]',
+        b'[{"x":1}]',
+        b'{"inputs":[{"x":1}]}',
+    ]
+    rejected = DECODERS["FP32"].decode(chunk(bodies, [headers] * len(bodies))).rejected
+    assert rejected is not None
+    assert rejected.texts[0] == (
+        "Object missing required field `inputs`; plain columns need a route with "
+        'input = "columns", this one reads V2'
+    )
+    assert rejected.codes[:2] == ["E_SCHEMA", "E_SCHEMA"]
+    assert rejected.ids[0] == "c"
+    assert not any("columns" in text for text in rejected.texts[1:])
+
+
 def test_columns_of_a_model_with_an_input_called_id() -> None:
     """There the member is data, and so it is in the error of a refused row."""
     sig = signature(TensorSpec("id", "BYTES", (1,)), TensorSpec("n", "INT64", (2, 2)))

@@ -60,6 +60,7 @@ class Parsed(NamedTuple):
 
 _DECODER = msgspec.json.Decoder(InferenceRequest)
 _COLUMNS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NO_INPUTS = "Object missing required field `inputs`"
 
 
 class Limits(NamedTuple):
@@ -83,7 +84,10 @@ class RequestReader:
 
     def json(self, body: bytes) -> Parsed:
         """Read a JSON body."""
-        request = self._decode(body)
+        try:
+            request = self._decode(body)
+        except RequestError as error:
+            raise self._with_hint(error, body) from None
         form = self._form(request, binary=False)
         return Parsed(request.id, *self._tensors(request, b""), form)
 
@@ -150,6 +154,20 @@ class RequestReader:
                 Code.TOO_LARGE, f"{len(request.inputs)} inputs; at most {MAX_TENSORS} are read"
             )
         return request
+
+    def _with_hint(self, error: RequestError, body: bytes) -> RequestError:
+        """Say more to whoever sends plain columns to a route that reads V2: the mend is in the route."""
+        if error.code is not Code.SCHEMA or not error.text.startswith(_NO_INPUTS):
+            return error
+        try:
+            columns = _COLUMNS.decode(body)
+        except (ValueError, RecursionError):  # what follows the object is read only now
+            return error
+        if self._inputs.keys().isdisjoint(columns):
+            return error
+        return RequestError(
+            Code.SCHEMA, f'{error.text}; plain columns need a route with input = "columns", this one reads V2'
+        )
 
     def check_model(self, name: str | None, version: str | None) -> None:
         """Raise ``E_MODEL_UNKNOWN`` when a request names another model or version than its route."""
