@@ -103,6 +103,8 @@ class KafkaIntake:
         self._peak_bytes = 1
         self._was_assigned = False
         self._closed = False
+        self._owed: list[TopicPartition] = []
+        """What could not be committed before the close: it is tried again from the revoke."""
         self._problems = Problems(clock)
         self._denied: str | None = None
         self._fatal: KafkaError | None = None
@@ -274,9 +276,12 @@ class KafkaIntake:
         return tuple(self._assigned.values())
 
     def close(self) -> None:
-        """Leave the group; the revoke callback settles what is left."""
+        """Commit what the listener settles, and leave the group."""
         if not self._closed:
             self._closed = True
+            # Where news of a rebalance is still to be told, librdkafka leaves before it tells of the revoke:
+            # a commit from there would come from a member that nobody knows.
+            self._give_up(list(self._assigned.values()))
             self._consumer.close()
 
     # Callbacks: they run inside poll, consume and close, on the owner's thread.
@@ -308,15 +313,23 @@ class KafkaIntake:
         return [p for p in committed if p.offset != OFFSET_INVALID] + found
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        streams = [Stream(p.topic, p.partition) for p in partitions]
+        del consumer
+        here = [(p.topic, p.partition) for p in partitions]
+        self._give_up([self._assigned[where] for where in here if where in self._assigned])
+
+    def _give_up(self, streams: list[Stream]) -> None:
+        offsets, self._owed = self._owed, []
+        if not streams and not offsets:
+            return
         positions = {} if self._listener is None else self._listener.revoked(streams, REVOKE_GRACE_S)
-        offsets = self._owned(positions)
+        offsets += self._owned(positions)
         if offsets:
             try:
-                consumer.commit(offsets=offsets, asynchronous=False)
+                self._consumer.commit(offsets=offsets, asynchronous=False)
             except KafkaException as error:
                 # The new owner starts from the last commit: it repeats what was answered since.
                 log.warning("commit_at_revoke_failed", error=error.args[0].str())
+                self._owed = offsets if self._closed else []
         self._forget(streams)
         log.info("partitions_revoked", partitions=_shown(streams), owned=len(self._assigned))
 
