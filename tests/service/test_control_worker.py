@@ -176,7 +176,9 @@ def test_a_worker_with_a_file_of_routes_reports_too(plane: Plane) -> None:
 def test_a_worker_that_finds_neither_redis_nor_a_copy_says_so(plane: Plane) -> None:
     """One line with the address, and no traceback."""
     plane.redis.kill()
-    done = plane.fleet.run("worker", code=1, env=FOLLOW | {"INFERFLEET__CONTROL__URL": plane.redis.url})
+    done = plane.fleet.run(
+        "worker", "--wait", "5", code=1, env=FOLLOW | {"INFERFLEET__CONTROL__URL": plane.redis.url}
+    )
     (line,) = done.errors
     assert f"redis at {plane.redis.url} does not answer since" in line
     assert "no copy of the routes" in line
