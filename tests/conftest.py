@@ -11,9 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.redis_cluster import RedisCluster
 from tests.support.servers import KafkaServer, MissingServerError, RabbitServer, RedisServer
+
+# No test asserts a time, so no example has a deadline either: hypothesis gives each 200 ms unless it is told.
+settings.register_profile(
+    "patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 
 TopicFactory = Callable[..., str]
 
