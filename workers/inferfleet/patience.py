@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 SERVER_S = 60.0
 """How long a server that does not answer is waited for where nobody said anything else."""
+_LEAST_S = 1.0
 _AGAIN_S = 0.5
 
 
@@ -36,8 +37,11 @@ class Patience:
 
     @property
     def server_s(self) -> float:
-        """How long the next server may take to answer, in seconds."""
-        return SERVER_S if self._wait_s is None else max(0.0, self._ends_at - time.monotonic())
+        """How long the next server may take to answer, in seconds.
+
+        One that is there is heard in the last second too, so ``--wait 0`` starts where nothing is missing.
+        """
+        return SERVER_S if self._wait_s is None else max(_LEAST_S, self._ends_at - time.monotonic())
 
     def until(self, event: str, look: Callable[[], T]) -> T:
         """Return what ``look`` returns, asking it again while it raises and there is time left.
