@@ -1,6 +1,6 @@
 """Writes the rules of ``deploy/prometheus/rules`` as objects of the Prometheus operator, word for word.
 
-python -m tools.prometheus_rules > deploy/kubernetes/base/rules.yaml
+python -m tools.prometheus_rules > deploy/kubernetes/components/prometheus-operator/rules.yaml
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from pathlib import Path
 
 RULES = Path(__file__).resolve().parents[1] / "deploy" / "prometheus" / "rules"
 _HEAD = """\
-# Made by tools/prometheus_rules.py from deploy/prometheus/rules: change those. For the Prometheus operator:
-# without it leave this file out of kustomization.yaml.
+# Made by tools/prometheus_rules.py from deploy/prometheus/rules: change those.
 """
 _OBJECT = """\
 ---

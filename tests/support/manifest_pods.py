@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import yaml
-from click.testing import CliRunner
 
 from inferfleet import config as settings_of
 from inferfleet.cli import cli
@@ -41,17 +42,12 @@ def commands() -> Iterator[list[str]]:
 def make_secrets(folder: Path) -> Secrets:
     """Return the Secrets that the page's own commands make; kubectl makes them for real, for no cluster.
 
-    The page has five commands for Kafka, then five for RabbitMQ. Files that it names and does not make hold
-    their own name.
+    Those for a folder and a token run in a shell. The page has five commands for Kafka, then five for
+    RabbitMQ. Files that it names and does not make hold their own name.
     """
     place = folder / "secrets"
     files = write_certificates(folder / "made")
-    place.mkdir()
-    (place / "empty.toml").touch()
-    tokens = {"INFERFLEET__COORDINATOR__TOKEN_FILE": str(place / "tokens")}
-    arguments = ["--config", str(place / "empty.toml"), "coordinator", "token", "alice", "--role", "admin"]
-    made = CliRunner().invoke(cli, arguments, env=tokens)
-    assert made.exit_code == 0, made.output
+    _make_token(folder)
     for name, file in (("tls.crt", files.chain), ("tls.key", files.key), ("ca.crt", files.authority)):
         shutil.copy(file, place / name)
 
@@ -64,6 +60,16 @@ def make_secrets(folder: Path) -> Secrets:
                     named.write_text(f"the content of {named.name}\n")
             found.append(_create(words[1:], folder))
     return {"kafka": dict(found[:5]), "rabbitmq": dict(found[5:])}
+
+
+def _make_token(folder: Path) -> None:
+    """Run the page's lines that make the folder and a token, word for word, under the usual umask."""
+    lines = PAGE.read_text().partition("\nmkdir -m ")[2].partition("\nkubectl ")[0]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = f"umask 022\nmkdir -m {lines}"
+    subprocess.run(
+        ["sh", "-euc", script], cwd=folder, env={**os.environ, "PATH": path}, check=True, timeout=60
+    )
 
 
 def _create(arguments: list[str], folder: Path) -> tuple[str, dict[str, bytes]]:

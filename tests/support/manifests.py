@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ import yaml
 from tests.support.programs import REPOSITORY, MissingServerError
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
+OPERATOR = FOLDER / "components" / "prometheus-operator"
+"""What a kustomization of one's own adds where the Prometheus operator runs."""
 OVERLAYS = ("base", *(f"overlays/{name}" for name in ("kafka-keda", "rabbitmq-keda", "job", "gpu")))
 NAMESPACE = "inferfleet"
 
@@ -110,6 +114,21 @@ def render_folder(folder: Path) -> Rendered:
 def render(overlay: str) -> Rendered:
     """Return what one of :data:`OVERLAYS` makes; nobody changes what comes back."""
     return render_folder(FOLDER / overlay)
+
+
+@functools.cache
+def render_watched(overlay: str) -> Rendered:
+    """Return what one of :data:`OVERLAYS` makes together with the component for the Prometheus operator."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place).resolve()
+        tree = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [os.path.relpath(FOLDER / overlay, folder)],
+            "components": [os.path.relpath(OPERATOR, folder)],
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(tree))
+        return render_folder(folder)
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

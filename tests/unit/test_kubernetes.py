@@ -16,7 +16,17 @@ import pytest
 import yaml
 
 from tests.support import custom_kinds, pod_security
-from tests.support.manifests import NAMESPACE, OVERLAYS, Manifest, Rendered, Workload, render, selects
+from tests.support.manifests import (
+    NAMESPACE,
+    OPERATOR,
+    OVERLAYS,
+    Manifest,
+    Rendered,
+    Workload,
+    render,
+    render_watched,
+    selects,
+)
 from tests.support.programs import REPOSITORY
 from tools.prometheus_rules import objects
 
@@ -28,13 +38,13 @@ UID = 10001
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def rendered(request: pytest.FixtureRequest) -> Rendered:
-    """Each kustomization in turn."""
-    return render(request.param)
+    """Each kustomization in turn, with what the Prometheus operator gets."""
+    return render_watched(request.param)
 
 
 @pytest.fixture
 def base() -> Rendered:
-    return render("base")
+    return render_watched("base")
 
 
 def builtin(found: Manifest) -> Iterator[Manifest]:
@@ -108,7 +118,7 @@ def test_every_object_is_in_its_place(rendered: Rendered) -> None:
 )
 def test_the_check_of_schemas_bites(kind: str, path: tuple[Any, ...], value: Any) -> None:
     """A misspelt key and a value of another type would be found."""
-    changed = copy.deepcopy(render("overlays/kafka-keda").of(kind)[0])
+    changed = copy.deepcopy(render_watched("overlays/kafka-keda").of(kind)[0])
     place: Any = changed
     for step in path[:-1]:
         place = place[step]
@@ -200,9 +210,9 @@ def test_selectors_find_what_they_mean(rendered: Rendered) -> None:
     ]
     assert [each.name for each in behind] == ["coordinator"]
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= behind[0].ports.keys()
-    for each in workloads:
-        for spread in each.pod.get("topologySpreadConstraints", ()):
-            assert selects(spread["labelSelector"], each.labels)
+    for workload in workloads:
+        for spread in workload.pod.get("topologySpreadConstraints", ()):
+            assert selects(spread["labelSelector"], workload.labels)
 
 
 def test_every_pod_that_serves_is_watched_and_guarded(rendered: Rendered) -> None:
@@ -236,8 +246,17 @@ def test_the_operator_gets_the_rules_as_they_are(base: Rendered) -> None:
     found = {each["metadata"]["name"]: spaced(each["spec"]["groups"]) for each in base.of("PrometheusRule")}
     files = (REPOSITORY / "deploy" / "prometheus" / "rules").glob("*.yaml")
     assert found == {file.stem: spaced(yaml.safe_load(file.read_text())["groups"]) for file in files}
-    written = (REPOSITORY / "deploy" / "kubernetes" / "base" / "rules.yaml").read_text()
+    written = (OPERATOR / "rules.yaml").read_text()
     assert written == objects(), "write it again: python -m tools.prometheus_rules"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_without_the_operator_nothing_asks_for_its_kinds(overlay: str) -> None:
+    """A cluster without the Prometheus operator takes every overlay: only the component has its kinds."""
+    kinds = {each["kind"] for each in render(overlay).objects if "monitoring" in each["apiVersion"]}
+    assert kinds == set()
+    added = [each for each in render_watched(overlay).objects if each not in render(overlay).objects]
+    assert {each["kind"] for each in added} == {"PodMonitor", "PrometheusRule"}
 
 
 def test_network_policies_close_everything_and_open_what_is_there(rendered: Rendered) -> None:
@@ -262,7 +281,7 @@ def test_network_policies_close_everything_and_open_what_is_there(rendered: Rend
 def test_images_are_of_this_version(rendered: Rendered) -> None:
     """Every image is one of ours with the project's own version as its tag."""
     names = {"worker-onnx", "coordinator"} | (
-        {"worker-torch"} if rendered is render("overlays/gpu") else set()
+        {"worker-torch"} if rendered is render_watched("overlays/gpu") else set()
     )
     images = {each.container["image"] for each in rendered.workloads}
     assert images == {f"inferfleet/{name}:{VERSION}" for name in names}

@@ -45,9 +45,15 @@ PREFETCH = 64 * 1024 * 1024
 
 
 @pytest.fixture(scope="module")
-def secrets(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which somebody follows the page."""
+    return tmp_path_factory.mktemp("reader")
+
+
+@pytest.fixture(scope="module")
+def secrets(reader: Path) -> Secrets:
     """The Secrets that the page's commands make."""
-    return make_secrets(tmp_path_factory.mktemp("secrets"))
+    return make_secrets(reader)
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -58,6 +64,15 @@ def overlay(request: pytest.FixtureRequest) -> str:
 def seconds_of_stop(workload: Workload) -> float:
     hook = workload.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
     return float(workload.pod["terminationGracePeriodSeconds"]) - float(hook["seconds"])
+
+
+def test_the_pages_secrets_are_for_their_owner_alone(secrets: Secrets, reader: Path) -> None:
+    """Whoever follows the page leaves no token that others may read, or that git would take."""
+    place = reader / "secrets"
+    modes = {name: (place / name).stat().st_mode & 0o777 for name in (".", "tokens", "alice.token")}
+    assert modes == {".": 0o700, "tokens": 0o600, "alice.token": 0o600}
+    assert secrets["kafka"]["coordinator"]["tokens"] == (place / "tokens").read_bytes()
+    assert "secrets/" in (REPOSITORY / ".gitignore").read_text().splitlines()
 
 
 def test_settings_load_and_every_path_is_mounted(overlay: str, secrets: Secrets, tmp_path: Path) -> None:
@@ -204,7 +219,8 @@ def test_the_page_makes_a_fleet_of_ones_own(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "deploy" / "kubernetes")
     (tmp_path / "fleet").mkdir()
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    (tmp_path / "fleet" / "kustomization.yaml").write_text(block)
+    file = tmp_path / "fleet" / "kustomization.yaml"
+    file.write_text(block)
     for name in ("fleet.toml", "routes.toml"):
         text = (FOLDER / "base" / name).read_text()
         (tmp_path / "fleet" / name).write_text(text + "# ours\n")
@@ -214,6 +230,9 @@ def test_the_page_makes_a_fleet_of_ones_own(tmp_path: Path) -> None:
     worker = rendered.workload("worker")
     assert rendered.data(worker, "/etc/inferfleet")["fleet.toml"].endswith("# ours\n")
     assert len(rendered.of("ScaledObject")) == 1
+    assert rendered.of("PodMonitor") == []
+    file.write_text(block.replace("# components:", "components:"))
+    assert len(render_folder(tmp_path / "fleet").of("PodMonitor")) == 2
 
 
 def test_the_pages_commands_name_what_is_there() -> None:
