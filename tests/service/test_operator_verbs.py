@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from inferfleet.cli import cli
 from inferfleet.control.pauses import RedisPauses
@@ -135,6 +135,40 @@ def test_status_shows_members_and_lag(fleet: Fleet, kafka: KafkaServer, protocol
     assert [(each["topic"], each["lag"]) for each in pools[0]["retries"]] == [
         (f"{fleet.source}.{group}.retry.{delay}", lag) for delay, lag in ((5000, 1), (30000, 0), (300000, 0))
     ]
+
+
+def test_ends_of_transactions_are_no_lag(fleet: Fleet, kafka: KafkaServer) -> None:
+    """What a redrive wrote and a worker answered waits no longer; a record behind such an end still does."""
+    fleet.run("topics", "plan", "--apply")
+    retries, group = fleet.retries[0], "ops.default.retry"
+    producer = Producer(kafka.client_config() | {"transactional.id": f"{retries}.redrive"})
+    producer.init_transactions(20)
+    for topic, partition in ((retries, 0), (fleet.source, 0), (fleet.source, 1)):
+        producer.begin_transaction()
+        producer.produce(topic, b"x", partition=partition)
+        producer.commit_transaction(20)
+    producer.begin_transaction()
+    producer.produce(fleet.source, b"given up", partition=0)
+    assert producer.flush(20) == 0
+    producer.abort_transaction(20)
+    for name, places in ((group, [(retries, 0)]), ("ops.default", [(fleet.source, 0)])):
+        consumer = Consumer(kafka.client_config() | {"group.id": name})
+        try:
+            consumer.commit(offsets=[TopicPartition(*place, 1) for place in places], asynchronous=False)
+        finally:
+            consumer.close()
+
+    (pool,) = json.loads(fleet.run("status", "--json").stdout)["pools"]
+
+    assert [(each["committed"], each["end"], each["lag"]) for each in pool["partitions"]] == [
+        (1, 4, 0),
+        (None, 2, 1),
+        (None, 0, 0),
+    ]
+    (again, *_) = pool["retries"]
+    assert (again["committed"], again["end"], again["lag"]) == (1, 2, 0)
+    assert pool["retrying"] == 0
+    assert "wait for a further attempt" not in fleet.run("status").stdout
 
 
 def _bury(kafka: KafkaServer, topic: str, count: int) -> None:

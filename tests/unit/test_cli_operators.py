@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from confluent_kafka import KafkaError, Producer
 from confluent_kafka.admin import ResourcePatternType
 
-from inferfleet.cli import cli
+from inferfleet.cli import cli, kafka
 from inferfleet.cli.deadletters import DeadLetter, failed_at
 from inferfleet.cli.dlt import clean
 from inferfleet.cli.examination import judge_count
@@ -105,6 +105,8 @@ def test_a_worker_gets_exactly_what_it_needs() -> None:
     ]
     written = {each.name for each in rights if (each.principal, each.operation) == ("User:o", "Write")}
     assert written == {*DERIVED, "inferfleet.default.digits.redrive"}  # by redrive
+    read = {each.name for each in rights if (each.principal, each.operation) == ("User:o", "Read")}
+    assert read == set(DERIVED)  # by dlt, and by status where transactions end
     assert len(set(rights)) == len(rights)
 
 
@@ -150,6 +152,19 @@ def test_topics_that_stand_are_left_alone(fleet: Path, broker: str) -> None:
     rows = json.loads(run(fleet, "topics", "plan", "digits", "--apply", "--json", broker=broker).stdout)
 
     assert {row["outcome"] for row in rows} == {"stood"}
+
+
+def test_an_embedded_broker_says_that_it_creates_nothing(
+    fleet: Path, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no controller to wait for; the error names the demo that has one."""
+    monkeypatch.setattr(kafka, "CONTROLLER_S", 0.0)
+    said = run(fleet, "topics", "plan", "files", "--apply", broker=broker, code=1).stderr
+
+    assert said.count("\n") == 1
+    assert "topic files.requests was not created" in said
+    assert f"Kafka {broker} has no controller; an embedded broker creates no topics" in said
+    assert "--real-kafka" in said
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,11 @@ from inferfleet.config import Config, kafka_client_config
 from inferfleet.errors import BrokerError, ConfigError
 
 ANSWER_S = 8.0
+CONTROLLER_S = 3.0
+"""How long a cluster may be without a controller until it is taken for one that has none."""
+TAIL = 16
+"""So near the end of a partition records are counted: offsets may be nothing but the ends of transactions."""
+TAIL_S = 2.0
 
 Answer = TypeVar("Answer")
 
@@ -68,11 +73,18 @@ class Position(NamedTuple):
     committed: int | None
     low: int
     end: int
+    counted: int | None = None
+    """How many records are left, where they were counted: ends of transactions have offsets too."""
+
+    @property
+    def next(self) -> int:
+        """Where the group would go on."""
+        return self.low if self.committed is None else max(self.committed, self.low)
 
     @property
     def lag(self) -> int:
-        """Records between the committed position and the end."""
-        return self.end - (self.low if self.committed is None else max(self.committed, self.low))
+        """Records between the committed position and the end; where nobody counted them, the offsets."""
+        return self.end - self.next if self.counted is None else self.counted
 
 
 class Cluster:
@@ -160,7 +172,32 @@ class Cluster:
             low, end = self._ends(consumer, each)
             offset = each.offset if each.offset >= 0 else None
             positions.append(Position(each.topic, each.partition, offset, low, end))
-        return positions
+        counted = self._counted(
+            consumer, {(each.topic, each.partition): each for each in positions if 0 < each.lag <= TAIL}
+        )
+        return [each._replace(counted=counted.get((each.topic, each.partition))) for each in positions]
+
+    @staticmethod
+    def _counted(consumer: Consumer, near: dict[tuple[str, int], Position]) -> dict[tuple[str, int], int]:
+        """Return how many records are left in these partitions; those that cannot be read are missing."""
+        counted: dict[tuple[str, int], int] = {}
+        left = dict.fromkeys(near, 0)
+        if near:
+            consumer.assign([TopicPartition(*place, position.next) for place, position in near.items()])
+        until = time.monotonic() + TAIL_S
+        while left and time.monotonic() < until:
+            message = consumer.poll(0.1)
+            place = ("", 0) if message is None else (message.topic() or "", message.partition() or 0)
+            if message is None or place not in left:
+                continue
+            error, offset, end = message.error(), message.offset() or 0, near[place].end
+            left[place] += error is None and offset < end
+            if error is not None or offset + 1 >= end:
+                count = left.pop(place)
+                if error is None or error.code() == KafkaError._PARTITION_EOF:
+                    counted[place] = count
+        consumer.unassign()
+        return counted
 
     def ends(self, group: str, topic: str, partition: int) -> tuple[int, int]:
         """Return the first offset that is still there and the one after the last."""
@@ -202,6 +239,7 @@ class Cluster:
         new = [NewTopic(name, partitions, replication) for name, partitions, replication in topics]
         if not new:
             return set()
+        self._need_controller(new[0].topic)
         created = set()
         for name, future in self._admin.create_topics(new, operation_timeout=self._answer_s).items():
             try:
@@ -210,12 +248,22 @@ class Cluster:
             except KafkaException as error:
                 # A topic just created, or one this user may not see, is missing in the metadata and stands.
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    # The mock cluster of the demo has no controller, and says so only by silence.
-                    mock = error.args[0].code() == KafkaError._TIMED_OUT
-                    hint = "; an embedded broker creates no topics, a real one does" if mock else ""
-                    raise BrokerError(f"topic {name} was not created: {_reason(error)}{hint}") from None
+                    raise BrokerError(f"topic {name} was not created: {_reason(error)}") from None
         self._wait_until_seen({each.topic for each in new})
         return created
+
+    def _need_controller(self, topic: str) -> None:
+        """Raise BrokerError where nobody creates topics: the request would wait a minute for a controller."""
+        until = time.monotonic() + min(CONTROLLER_S, self._answer_s)
+        while not self._has_controller:
+            if time.monotonic() > until:
+                raise BrokerError(
+                    f"topic {topic} was not created: Kafka {self.address} has no controller; an embedded "
+                    "broker creates no topics, a real one does "
+                    "(`./scripts/demo --keep --real-kafka` starts one)"
+                )
+            time.sleep(0.1)
+            self.topics()
 
     def _wait_until_seen(self, names: set[str]) -> None:
         """Wait until the metadata shows the topics: what comes next, a worker or doctor, reads it there."""

@@ -189,10 +189,11 @@ def _topic_rights(role: Role, name: str, who: Principals) -> list[Right]:
             Right(who.operator, "topic", name, "Describe"),
         ]
     if role == "retries":
-        # Looking at how many wait needs Describe, which Write implies.
+        # Redrive writes transactions there; only who can read tells their ends from records that wait.
         return [
             Right(who.worker, "topic", name, "Read"),
             Right(who.worker, "topic", name, "Write"),
+            Right(who.operator, "topic", name, "Read"),
             Right(who.operator, "topic", name, "Write"),
         ]
     return [
