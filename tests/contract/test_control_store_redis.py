@@ -55,6 +55,8 @@ def test_a_pause_that_comes_while_another_is_lifted_stays(
     assert store.paused("digits") == "by hand"
     store.resume("digits", "by hand")
     assert store.paused("digits") == ""
+    client.set(key, encode_pause(Pause("by hand", actor="eva")))
+    assert store.paused("digits") == "by hand (by eva)"
 
 
 @pytest.mark.service

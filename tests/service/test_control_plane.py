@@ -174,9 +174,14 @@ def test_every_verb_works_on_routes_of_the_control_plane(desk: Desk, redis_serve
     findings = {each["name"]: each["verdict"] for each in desk.json("doctor", "--no-load")}
     assert (findings["routes"], findings["control"]) == ("ok", "ok")
     assert desk.json("dlt", "list", "sums") == []
-    desk.run("route", "pause", "sums", "--reason", "by hand")
+    desk.run("route", "pause", "sums", "--reason", "tried", "--actor", "eva")
     wait_until(lambda: worker.status()["paused"], 20, "the route is paused")
+    assert worker.status()["paused"] == {"sums": "tried (by eva)"}
+    assert "paused: tried (by eva)" in desk.run("route", "show", "sums")
     desk.run("route", "resume", "sums")
+    audited = desk.run("audit", "export")
+    assert ('"route pause"' in audited, '"route resume"' in audited, '"eva"' in audited) == (True,) * 3
+    desk.run("audit", "verify")
     assert desk.run("config", "check").endswith("the control plane: ok, 1 routes, revision 1\n")
     with Client(load(desk.fleet.config, FOLLOW)) as client:
         request = client.submit("sums", {"x": np.array([[1.0, 1.5, -1.0, 1.0]], np.float32)})

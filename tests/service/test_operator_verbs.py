@@ -293,12 +293,12 @@ def test_a_pause_is_shared_by_the_whole_pool(
     routes.write_text(routes.read_text().replace("results = [", 'results = ["redis", '))
     fleet.write(kafka.bootstrap_servers, {}, url=redis_server.url)
     assert "was not paused" in fleet.run("route", "resume", "r").stdout
-    paused = fleet.run("route", "pause", "r", "--reason", "model 7").stdout
+    paused = fleet.run("route", "pause", "r", "--reason", "model 7", "--actor", "eva").stdout
     again = fleet.run("route", "pause", "r", "--reason", "other").stdout
     board = RedisPauses(redis_server.client, "ops", "w-1")
     try:
         board.watch(["r"])
-        wait_until(lambda: board.current() == {"r": "model 7"}, 10, "the worker sees the pause")
+        wait_until(lambda: board.current() == {"r": "model 7 (by eva)"}, 10, "the worker sees the pause")
         shown = fleet.run("status").stdout
         resumed = fleet.run("route", "resume", "r").stdout
         wait_until(lambda: not board.current(), 10, "the worker sees its end")
@@ -308,10 +308,10 @@ def test_a_pause_is_shared_by_the_whole_pool(
     finally:
         board.close()
 
-    assert "route r is paused for pool default: model 7" in paused
-    assert "route r was paused already: model 7 (operator on " in again
-    assert "route r is paused: model 7; `inferfleet route resume r` ends it" in shown
-    assert "it was paused: model 7" in resumed
+    assert "route r is paused for pool default: model 7 (by eva)" in paused
+    assert "route r was paused already: model 7 (by eva)\n" in again
+    assert "route r is paused: model 7 (by eva); `inferfleet route resume r` ends it" in shown
+    assert "it was paused: model 7 (by eva)" in resumed
     assert "it was paused: 20 failures in a row" in ended
 
 

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from inferfleet.cli import cli, control
+from inferfleet.control.pauses import Pause
+from inferfleet.errors import ControlError
 from inferfleet.routes import parse_routes
 from tests.support.control_plane import Plane
 
@@ -29,12 +31,40 @@ CANARY = ONE.replace(
 OTHER = ONE.replace('"digits"\nsource = "kafka:in"', '"other"\nsource = "kafka:other"', 1)
 
 
+class Board:
+    """Stands in for the pauses in Redis."""
+
+    def __init__(self, shown: dict[str, str]) -> None:
+        self.pauses: dict[str, Pause] = {}
+        self.shown = shown
+
+    def __call__(self, _config: object) -> Board:
+        return self
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def pause(self, route: str, reason: str, actor: str) -> Pause | None:
+        stood = self.pauses.get(route)
+        self.pauses.setdefault(route, Pause(reason, 1_790_000_000_000, "operator on h", actor))
+        self.shown[route] = self.pauses[route].shown
+        return stood
+
+    def resume(self, route: str) -> Pause | None:
+        self.shown.pop(route, None)
+        return self.pauses.pop(route, None)
+
+
 class Desk:
     """The command line over a control plane in memory."""
 
     def __init__(self, plane: Plane, folder: Path) -> None:
         self.plane = plane
         self.folder = folder
+        self.board = Board(plane.store.pauses)
         self.config = folder / "fleet.toml"
         self.config.write_text('[fleet]\nname = "f"\n[routes]\nsource = "fleet"\n')
 
@@ -60,7 +90,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     monkeypatch.setattr(control, "open_store", lambda _: plane.store)
     monkeypatch.setattr(control, "route_control", lambda *_: plane.control)
     monkeypatch.setattr("inferfleet.route_reader.read_routes", lambda _: plane.store.load().table())
-    return Desk(plane, tmp_path)
+    desk = Desk(plane, tmp_path)
+    monkeypatch.setattr("inferfleet.cli.pauses.SharedPauses", desk.board)
+    return desk
 
 
 def test_apply_shows_the_difference_and_makes_it_stand(desk: Desk) -> None:
@@ -160,6 +192,39 @@ def test_list_and_show_say_what_is_in_force_and_what_waits(desk: Desk) -> None:
     assert "waits: revision 3 for its workers" in said
     assert 'did you mean "digits"' in desk.run("route", "show", "digts", code=1).stderr
     assert [each["name"] for each in desk.json("route", "list")["routes"]] == ["digits"]
+
+
+def test_a_pause_says_who_asked_for_it(desk: Desk) -> None:
+    """In show, in what a second person is told, and in the audit log, where the resume stands too."""
+    desk.apply(ONE)
+    assert desk.json("route", "show", "digits")["paused"] is None
+    before = len(desk.plane.store.audit())
+    said = desk.run("route", "pause", "digits", "--reason", "it is wrong", "--actor", "eva").stdout
+    assert "route digits is paused for pool default: it is wrong (by eva)\n" in said
+    again = desk.run("route", "pause", "digits", "--actor", "max").stdout
+    assert "route digits was paused already: it is wrong (by eva)\n" in again
+    assert "\npaused: it is wrong (by eva)\n" in desk.run("route", "show", "digits").stdout
+    assert desk.json("route", "show", "digits")["paused"] == "it is wrong (by eva)"
+    assert "it was paused: it is wrong (by eva)" in desk.run("route", "resume", "digits").stdout
+    desk.run("route", "resume", "digits")
+    entries = [entry for entry, _ in desk.plane.store.audit()[before:]]
+    assert [(e.actor, e.action, e.subject, e.reason, e.before, e.after) for e in entries] == [
+        ("eva", "route pause", "route digits", "it is wrong", None, "it is wrong"),
+        (control.actor(), "route resume", "route digits", "", "it is wrong (by eva)", None),
+    ]
+
+
+def test_a_pause_that_cannot_be_audited_stands(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must work for a user who may write nothing but pauses; a note says what is missing."""
+    desk.apply(ONE)
+
+    def denied(_change: object) -> None:
+        raise ControlError("no permission")
+
+    monkeypatch.setattr(desk.plane.store, "commit", denied)
+    paused = desk.run("route", "pause", "digits")
+    assert f"paused for pool default: by hand (by {control.actor()})" in paused.stdout
+    assert paused.stderr == "note: the pause is not in the audit log: no permission\n"
 
 
 def _entry(text: str) -> dict[str, Any]:

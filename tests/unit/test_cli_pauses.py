@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from prometheus_client import CollectorRegistry
 
 from inferfleet.cli import cli
+from inferfleet.control.pauses import Pause, decode_pause, encode_pause
 from inferfleet.telemetry.admin import AdminServer, Health
 
 ROUTES = """
@@ -63,9 +64,10 @@ def refused(fleet: Path, *arguments: str) -> str:
 
 def test_one_worker_is_paused_at_its_admin_address(fleet: Path, address: str, paused: dict[str, str]) -> None:
     """The reason reaches the worker on one line; resume takes it away; Redis is not asked."""
-    said = run(fleet, "pause", "digits", "--admin", address, "--reason", "model 7\n  is wrong").stdout
-    assert paused == {"digits": "model 7 is wrong"}
-    assert said.endswith(f"route digits is paused at {address}: model 7 is wrong\n")
+    arguments = ("--admin", address, "--reason", "model 7\n  is wrong", "--actor", "eva")
+    said = run(fleet, "pause", "digits", *arguments).stdout
+    assert paused == {"digits": "model 7 is wrong (by eva)"}
+    assert said.endswith(f"route digits is paused at {address}: model 7 is wrong (by eva)\n")
 
     run(fleet, "resume", "digits", "--admin", address)
     assert paused == {}
@@ -86,6 +88,14 @@ def test_a_worker_that_cannot_pause_is_told_as_it_is(fleet: Path) -> None:
         assert f"the worker at {server.address} refuses: POST goes to" in refused(
             fleet, "pause", "digits", "--admin", server.address
         )
+
+
+def test_an_entry_of_an_earlier_release_has_no_person() -> None:
+    """It shows its reason alone, as does whatever somebody wrote there by hand; a person's name is cut."""
+    assert decode_pause(b'{"reason":"model 7","at_ms":1,"by":"operator on h"}').shown == "model 7"
+    assert decode_pause(b"stop").shown == "stop"
+    long = decode_pause(encode_pause(Pause("r", actor="a" * 5_000 + "\udc80")))
+    assert long.shown == f"r (by {'a' * 200})"
 
 
 def test_a_silent_address_is_waited_for_within_a_bound() -> None:

@@ -57,9 +57,10 @@ class SharedPauses:
             name: decode_pause(value) for name, value in zip(names, values, strict=True) if value is not None
         }
 
-    def pause(self, route: str, reason: str) -> Pause | None:
+    def pause(self, route: str, reason: str, actor: str) -> Pause | None:
         """Pause a route; return the pause that stood already, which stays as it is."""
-        pause = Pause(reason, time.time_ns() // 1_000_000, f"operator on {socket.gethostname()}")
+        by = f"operator on {socket.gethostname()}"
+        pause = Pause(reason, time.time_ns() // 1_000_000, by, actor)
         key, value = pause_key(self._fleet, route), encode_pause(pause)
         if self._ask(lambda redis: redis.set(key, value, nx=True)):
             return None

@@ -21,7 +21,8 @@ from inferfleet.cli.route_views import (
 )
 from inferfleet.cli.route_views import route_toml as route_toml
 from inferfleet.core.revisions import in_force
-from inferfleet.errors import BrokerError
+from inferfleet.errors import BrokerError, InferfleetError
+from inferfleet.plane import AuditEntry, Change
 from inferfleet.revisions import RouteLog
 from inferfleet.routes import Route, RouteTable
 
@@ -115,7 +116,9 @@ def show(session: Session, name: str, as_toml: bool, as_json: bool) -> None:
 
 
 def _show_fleet(session: Session, name: str, *, as_toml: bool, as_json: bool) -> None:
-    log, now_ms = _log(session), _now_ms()
+    with control.opened(session.config) as store:
+        log, paused = store.load(), store.paused(name)
+    now_ms = _now_ms()
     if as_toml:
         click.echo(route_toml(log.table().named(name)), nl=False)
         return
@@ -123,7 +126,7 @@ def _show_fleet(session: Session, name: str, *, as_toml: bool, as_json: bool) ->
         RouteTable("", log.table().routes).named(name)
     view = fleet_route(log, name, now_ms)
     if as_json:
-        echo_json(view)
+        echo_json({**view, "paused": paused or None})
         return
     current = in_force(log.kept[name], now_ms)
     if current is not None and current.route is not None:
@@ -139,6 +142,8 @@ def _show_fleet(session: Session, name: str, *, as_toml: bool, as_json: bool) ->
         click.echo(f"in force from {since}, written {old} ago")
     if _waits(view) != "-":
         click.echo(f"waits: {_waits(view)}")
+    if paused:
+        click.echo(f"paused: {paused}")
 
 
 def _why(reason: str) -> str:
@@ -187,39 +192,47 @@ _ADMIN = click.option(
 )
 
 
+_ACTOR = click.option("--actor", metavar="NAME", help="Who; by default user@host.")
+
+
 @route.command(epilog='Example: inferfleet route pause digits --reason "model 7 is wrong"')
 @click.argument("name")
 @click.option("--reason", default="by hand", show_default=True, help="What status and logs say.")
+@_ACTOR
 @_ADMIN
 @pass_session
-def pause(session: Session, name: str, reason: str, addresses: tuple[str, ...]) -> None:
+def pause(session: Session, name: str, reason: str, actor: str | None, addresses: tuple[str, ...]) -> None:
     """Let no worker take from a route until it is resumed.
 
-    What was taken already is finished. The pause is kept in Redis for the whole pool; it outlives workers.
+    What was taken already is finished. The pause is kept in Redis for the whole pool, with who asked for it;
+    it outlives workers. Where routes come from the control plane, its audit log says so too.
     """
-    reason = " ".join(reason.split()) or "by hand"
+    reason, who = " ".join(reason.split()) or "by hand", _who(actor)
     for address in addresses:
-        _tell(address, name, "pause", reason)
-        click.echo(f"route {name} is paused at {address}: {reason}")
+        _tell(address, name, "pause", f"{reason} (by {who})")
+        click.echo(f"route {name} is paused at {address}: {reason} (by {who})")
     if addresses:
         return
     from inferfleet.cli.pauses import SharedPauses
 
     pool = _sharing_pool(session, name)
     with SharedPauses(session.config) as pauses:
-        stood = pauses.pause(name, reason)
-    if stood is not None:
-        click.echo(f"route {name} was paused already: {stood.reason}{f' ({stood.by})' if stood.by else ''}")
+        stood = pauses.pause(name, reason, who)
+    if stood is None:
+        click.echo(f"route {name} is paused for pool {pool}: {reason} (by {who})")
+        _audit(session, name, "pause", who, reason, before=None, after=reason)
     else:
-        click.echo(f"route {name} is paused for pool {pool}: {reason}")
+        by = f" ({stood.by})" if stood.by and not stood.actor else ""
+        click.echo(f"route {name} was paused already: {stood.shown}{by}")
     click.echo(f"`inferfleet route resume {name}` ends it")
 
 
 @route.command(epilog="Example: inferfleet route resume digits")
 @click.argument("name")
+@_ACTOR
 @_ADMIN
 @pass_session
-def resume(session: Session, name: str, addresses: tuple[str, ...]) -> None:
+def resume(session: Session, name: str, actor: str | None, addresses: tuple[str, ...]) -> None:
     """End the pause of a route, whether a person, a brake or a worker set it."""
     for address in addresses:
         _tell(address, name, "resume")
@@ -234,7 +247,28 @@ def resume(session: Session, name: str, addresses: tuple[str, ...]) -> None:
     if stood is None:
         click.echo(f"route {name} was not paused")
     else:
-        click.echo(f"route {name} goes on for pool {pool}; it was paused: {stood.reason}")
+        click.echo(f"route {name} goes on for pool {pool}; it was paused: {stood.shown}")
+        _audit(session, name, "resume", _who(actor), "", before=stood.shown, after=None)
+
+
+def _who(actor: str | None) -> str:
+    return " ".join((actor or "").split()) or control.actor()
+
+
+def _audit(
+    session: Session, name: str, verb: str, who: str, reason: str, *, before: str | None, after: str | None
+) -> None:
+    """Write into the control plane's audit log what a person did; what is done stands without it too."""
+    if session.config.routes_path is not None:
+        return
+    entry = AuditEntry(
+        actor=who, action=f"route {verb}", subject=f"route {name}", reason=reason, before=before, after=after
+    )
+    try:
+        with control.opened(session.config) as store:
+            store.commit(Change(actor=who, audit=(entry,)))
+    except InferfleetError as error:
+        click.echo(f"note: the {verb} is not in the audit log: {error}", err=True)
 
 
 def _sharing_pool(session: Session, name: str) -> str:

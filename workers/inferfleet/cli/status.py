@@ -197,7 +197,7 @@ def _paused(config: Config, routes: Sequence[Route], notes: list[str]) -> dict[s
     except BrokerError as error:
         notes.append(f"{error}; pauses are unknown")
         return {}
-    return {name: pause.reason for name, pause in found.items()}
+    return {name: pause.shown for name, pause in found.items()}
 
 
 def _described(kafka: Cluster, group: str, notes: list[str]) -> GroupFacts | None:

@@ -14,14 +14,24 @@ import msgspec
 from inferfleet.control.link import Link, Outage
 
 MAX_REASON = 500
+MAX_ACTOR = 200
 
 
-class Pause(msgspec.Struct, frozen=True):
-    """What stands under a route's pause key, as JSON: why, since when (epoch milliseconds), and by whom."""
+class Pause(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What stands under a route's pause key, as JSON: why, since when (epoch milliseconds), and by whom.
+
+    ``by`` names the process; ``actor`` is the person, where one has asked for it.
+    """
 
     reason: str
     at_ms: int = 0
     by: str = ""
+    actor: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The reason, with the person where there is one: what all who look at the pause see."""
+        return f"{self.reason} (by {self.actor})" if self.actor else self.reason
 
 
 def pause_key(fleet: str, route: str) -> str:
@@ -32,7 +42,8 @@ def pause_key(fleet: str, route: str) -> str:
 def encode_pause(pause: Pause) -> bytes:
     """Return the value that pauses a route."""
     reason = pause.reason[:MAX_REASON].encode(errors="replace").decode()
-    return msgspec.json.encode(msgspec.structs.replace(pause, reason=reason))
+    actor = pause.actor[:MAX_ACTOR].encode(errors="replace").decode()
+    return msgspec.json.encode(msgspec.structs.replace(pause, reason=reason, actor=actor))
 
 
 def decode_pause(value: bytes) -> Pause:
@@ -232,7 +243,7 @@ class RedisPauses:
             return
         values = self._link.run("MGET", *[pause_key(self._fleet, route) for route in routes])
         shared = {
-            route: decode_pause(value).reason
+            route: decode_pause(value).shown
             for route, value in zip(routes, values, strict=True)
             if value is not None
         }

@@ -240,13 +240,13 @@ class RedisControlStore:
     def paused(self, route: str) -> str:
         """Return why a route is paused for its pool; empty where it is not."""
         found = self._calls.run("GET", self._keys.paused(route))
-        return "" if found is None else decode_pause(found).reason
+        return "" if found is None else decode_pause(found).shown
 
     def resume(self, route: str, reason: str) -> None:
         """Take a route's pause away, if it is for this reason."""
         key = self._keys.paused(route)
         found = self._calls.run("GET", key)
-        if found is not None and decode_pause(found).reason == reason:
+        if found is not None and decode_pause(found).shown == reason:
             self._calls.script(REMOVE, [key], [found])
 
     # Workers
