@@ -176,6 +176,14 @@ def test_prune_and_reset_ask_first(desk: Desk) -> None:
     assert desk.plane.store.load().head.epoch == 1
 
 
+def test_who_is_waited_for_is_said_only_where_it_takes_long(desk: Desk) -> None:
+    """Workers that answer at their next look are no news; one that does not load is named once."""
+    assert desk.apply(ONE).stderr == ""
+    desk.plane.workers[0].loads = False
+    said = desk.apply(CANARY, "--timeout", "10", code=1).stderr
+    assert said.count("route digits waits: w-1 has not loaded digits:2\n") == 1
+
+
 def test_list_and_show_say_what_is_in_force_and_what_waits(desk: Desk) -> None:
     """In force, coming at its time, announced for its workers."""
     desk.apply(ONE)

@@ -149,6 +149,33 @@ def test_a_repository_can_be_named_without_any_settings(shell, onnx_path):
     assert (shell.folder / "elsewhere/digits/1/manifest.json").is_file()
 
 
+def test_without_settings_the_way_out_is_named(shell, onnx_path):
+    """Neither a fleet.toml nor a repository: one line says how to name either."""
+    (shell.folder / "fleet.toml").unlink()
+    said = shell("add", "digits", onnx_path, "--version", "1", settings=False)
+
+    assert (said.exit_code, said.stderr.count("\n")) == (1, 1)
+    assert "--repository, or a settings file by --config" in said.stderr
+
+
+def test_a_repository_that_is_not_there_says_what_to_do(shell):
+    """The settings may be of a machine whose models are elsewhere."""
+    said = shell("list")
+
+    assert said.exit_code == 1
+    assert "models does not exist; set [models] repository, or run this where the models are" in said.stderr
+
+
+def test_onnx_needs_no_trust(shell, onnx_path):
+    """It runs no code, so nobody is sent to trust it; code that is not trusted says so."""
+    shell("add", "digits", onnx_path, "--version", "1")
+    add_handler(shell)
+    onnx, code = (shell("show", name).output for name in ("digits", "words"))
+
+    assert dict(line.split(None, 1) for line in onnx.splitlines()[1:])["trusted"] == "not needed"
+    assert dict(line.split()[:2] for line in code.splitlines()[1:])["trusted"] == "no"
+
+
 def test_batching_and_trust_are_shown(shell):
     """What the author wishes and whether code may run."""
     shell.trust("words")

@@ -207,8 +207,11 @@ def test_the_file_is_found_by_argument_variable_or_place(
     assert load(Path("other.toml"), {"INFERFLEET_CONFIG": "fleet.toml"}).fleet.name == "two"
     assert load(None, {"INFERFLEET_CONFIG": "other.toml"}).fleet.name == "two"
     assert load(None, {}).fleet.name == "one"
-    with pytest.raises(ConfigError, match=r"config file absent.toml does not exist"):
+    with pytest.raises(ConfigError, match=r"config file absent.toml does not exist$"):
         load(Path("absent.toml"), {})
+    (folder / "fleet.toml").unlink()
+    with pytest.raises(ConfigError, match=r"does not exist: name yours by --config or .*, or write one"):
+        load(None, {})
 
 
 def test_relative_paths_start_at_the_files_folder(folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_without_an_exporter_nothing_of_the_sdk_is_needed(monkeypatch: pytest.Mo
     traces, close = open_traces(Config())
     close()
     assert traces is NO_TRACES
-    with pytest.raises(ConfigError, match=r"inferfleet\[otlp\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[otlp\]'"):
         open_traces(Config(traces=Traces(exporter="otlp")))
 
 

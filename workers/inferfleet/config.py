@@ -365,7 +365,8 @@ def load_with_origins(path: Path | None, environ: Mapping[str, str]) -> tuple[Co
     An origin is ``default``, the file's name, a variable's name, or the secret file's name in either of them.
     """
     path = path or Path(environ.get(PATH_VARIABLE) or DEFAULT_PATH)
-    hint = "" if path.name != str(DEFAULT_PATH) else f" (name it by --config or {PATH_VARIABLE})"
+    way_out = f": name yours by --config or {PATH_VARIABLE}, or write one (README.md, Settings)"
+    hint = way_out if path.name == str(DEFAULT_PATH) else ""
     if path.is_dir():
         raise ConfigError(f"config file {path} is a folder; name the file in it")
     if not path.is_file():

@@ -46,7 +46,7 @@ _VERBS = {
 @click.version_option(__version__, prog_name="inferfleet")
 @click.pass_context
 def cli(context: click.Context, config_path: Path | None, debug: bool) -> None:
-    """Requests in Kafka become predictions in Kafka and Redis, batch by batch, none lost."""
+    """Requests in Kafka or RabbitMQ become predictions in Kafka, RabbitMQ and Redis, batch by batch."""
     context.obj = Session(config_path, debug)
 
 

@@ -71,6 +71,6 @@ def _check_packages(torch: bool) -> None:
         missing = [name for name in names if importlib.util.find_spec(name) is None]
         if missing:
             raise InferfleetError(
-                f"the demo needs {', '.join(missing)}: pip install 'inferfleet[{extra}]', "
+                f"the demo needs {', '.join(missing)}: pip install '.[{extra}]' in a checkout, "
                 "or start it by ./scripts/demo"
             )

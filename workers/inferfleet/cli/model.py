@@ -34,6 +34,11 @@ def _in_repository(verb: Callable[..., None]) -> Callable[..., None]:
     def with_repository(session: Session, /, *args: Any, path: Path | None, **kwargs: Any) -> None:
         from inferfleet.models.repository import Repository
 
+        if path is None and not _has_settings(session):
+            raise InferfleetError(
+                "no fleet.toml here says where the models are: name the repository by --repository, "
+                "or a settings file by --config"
+            )
         trusted = session.config.models.trusted if path is None or _has_settings(session) else ()
         verb(Repository(session.config.models_path if path is None else path, trusted), *args, **kwargs)
 
@@ -105,7 +110,7 @@ def add(
         echo_json(as_plain(added))
         return
     click.echo(f"added {_title(added)}")
-    if added.runtime != "onnx" and not added.trusted:
+    if _runs_code(added) and not added.trusted:
         click.echo(f"it runs code: `inferfleet model trust {name}:{version}` prints what trusts it")
 
 
@@ -137,7 +142,8 @@ def show(repository: Repository, which: tuple[str, str | None], as_json: bool) -
     rows = [("input", *_cells(spec)) for spec in found.signature.inputs] if found.signature else []
     rows += [("output", *_cells(spec)) for spec in found.signature.outputs] if found.signature else []
     rows += [(key, str(value), "", "") for key, value in _batching(found).items()]
-    rows += [("trusted", "yes" if found.trusted else "no", "", ""), ("sha256", found.digest, "", "")]
+    trusted = "yes" if found.trusted else "no" if _runs_code(found) else "not needed"
+    rows += [("trusted", trusted, "", ""), ("sha256", found.digest, "", "")]
     rows += [("file", path, str(entry.size), entry.sha256[:12]) for path, entry in found.files.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
@@ -231,6 +237,10 @@ def _title(version: ModelVersion) -> str:
     files = "1 file" if count == 1 else f"{count} files"
     size = f"{files}, {version.size_bytes:,} bytes"
     return f"{version.name}:{version.version}  {version.runtime}, {version.file}, {size}"
+
+
+def _runs_code(version: ModelVersion) -> bool:
+    return version.runtime != "onnx"
 
 
 def _cells(spec: TensorSpec) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from inferfleet.coordinator.routes import RouteControl
 from inferfleet.core.barrier import Barrier
 from inferfleet.core.planning import RouteChange
 from inferfleet.errors import InferfleetError
+
+QUIET_LOOKS = 8
+"""Workers answer within a second or two; only who takes longer is worth a line."""
 
 _REASON = click.option("--reason", default="", metavar="TEXT", help="Why; kept in the log and in the audit.")
 _ACTOR = click.option("--actor", metavar="NAME", help="Who; by default user@host.")
@@ -152,11 +156,13 @@ def _applied(
     quiet: bool,
 ) -> list[Applied]:
     told: set[str] = set()
+    looks: Counter[str] = Counter()
 
     def progress(found: Sequence[Barrier]) -> None:
+        looks.update(each.name for each in found)
         for each in found:
             line = f"route {each.name} waits: {each}"
-            if line not in told and not quiet:
+            if line not in told and not quiet and looks[each.name] > QUIET_LOOKS:
                 told.add(line)
                 click.echo(line, err=True)
 

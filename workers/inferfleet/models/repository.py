@@ -194,7 +194,10 @@ class Repository:
             with os.scandir(folder) as entries:
                 return sorted(each.name for each in entries if each.is_dir(follow_symlinks=False))
         except FileNotFoundError:
-            raise ModelRepositoryError(f"the model repository {folder} does not exist") from None
+            raise ModelRepositoryError(
+                f"the model repository {folder} does not exist; set [models] repository, or run this where "
+                "the models are"
+            ) from None
         except OSError as error:
             raise ModelRepositoryError(
                 f"the model repository {folder} cannot be read: {error.strerror}"

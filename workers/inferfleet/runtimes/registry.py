@@ -10,9 +10,9 @@ from inferfleet.ports import LoadedModel, ModelVersion, Runtime
 from inferfleet.runtimes.loading import label, require_trust
 
 _RUNTIMES = {
-    "onnx": ("inferfleet.runtimes.onnx", "OnnxRuntime", "pip install 'inferfleet[onnx]'"),
-    "torch": ("inferfleet.runtimes.torch", "TorchRuntime", "pip install 'inferfleet[torch]'"),
-    "python": ("inferfleet.runtimes.python", "PythonRuntime", "pip install inferfleet"),
+    "onnx": ("inferfleet.runtimes.onnx", "OnnxRuntime", "pip install '.[onnx]' in a checkout"),
+    "torch": ("inferfleet.runtimes.torch", "TorchRuntime", "pip install '.[torch]' in a checkout"),
+    "python": ("inferfleet.runtimes.python", "PythonRuntime", "pip install . in a checkout"),
 }
 _RUNS_CODE = frozenset({"torch", "python"})
 

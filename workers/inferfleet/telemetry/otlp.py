@@ -42,7 +42,7 @@ class OtlpExport:
             from opentelemetry.sdk.util.instrumentation import InstrumentationScope
         except ImportError:
             raise ConfigError(
-                '[traces] exporter = "otlp" needs the SDK: pip install "inferfleet[otlp]"'
+                "[traces] exporter = \"otlp\" needs the SDK: pip install '.[otlp]' in a checkout"
             ) from None
         named = os.environ.get("OTEL_SERVICE_NAME")
         if named:
