@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from inferfleet import config as settings_of
-from inferfleet.demo import texts
+from inferfleet.demo import digits, texts
 from inferfleet.models.repository import Repository
 from inferfleet.routes import load_routes
 from inferfleet.worker.lifecycle import LEAVE_S
@@ -38,11 +38,12 @@ def seconds(text: str) -> int:
 
 
 def test_images_are_pinned_and_our_own_are_built_here() -> None:
-    """Nobody gets ``latest`` by surprise; each of our images is built from a target of its name."""
+    """Nobody gets ``latest``, or a registry to guess; ours are built from targets of their names."""
     for name, service in SERVICES.items():
         image, _, tag = service["image"].rpartition(":")
         assert image, name
         assert re.search(r"\d+\.\d+", tag), f"{name}: {service['image']}"
+        assert name in OURS or image.startswith("docker.io/"), name
     built = [
         (each["build"]["target"], each["image"].split(":")[0]) for each in OURS.values() if "build" in each
     ]
@@ -129,7 +130,7 @@ def test_the_files_that_are_mounted_are_sound() -> None:
         if "INFERFLEET__WORKER__POOL" in each.get("environment", {})
     }
     files = sorted(FOLDER.glob("routes*.toml"))
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert {route.pool for route in load_routes(file, "inferfleet").routes} <= pools, file
     for name, service in SERVICES.items():
@@ -139,6 +140,17 @@ def test_the_files_that_are_mounted_are_sound() -> None:
                 assert (FILE.parent / source).exists(), f"{name}: {volume}"
             elif target:
                 assert source in TREE["volumes"], f"{name}: {volume}"
+
+
+def test_a_rollout_can_start_from_the_route_that_the_page_applies() -> None:
+    """``routes.one.toml`` changes nothing of ``digits`` but its versions: the second alone answers."""
+    (one,) = load_routes(FOLDER / "routes.one.toml", "inferfleet").routes
+    every = load_routes(FOLDER / "routes.toml", "inferfleet").routes
+    (first,) = [each for each in every if each.name == one.name]
+    assert [each.version for each in one.variants] == ["2"]
+    assert one.name == digits.MODEL
+    assert digits.BROKEN not in {each.version for each in (*one.variants, *first.variants)}
+    assert (one.source, one.results, one.model) == (first.source, first.results, first.model)
 
 
 def test_the_text_model_is_trusted_by_the_bytes_that_it_has(tmp_path: Path) -> None:
