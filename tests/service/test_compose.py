@@ -19,7 +19,7 @@ from inferfleet.routes import load_routes
 from inferfleet.worker.lifecycle import LEAVE_S
 from tests.support import containers
 from tests.support.compose import FILE, REPOSITORY
-from tests.support.compose_check import REQUESTS, check, open_compose
+from tests.support.compose_check import REQUESTS, check, main, open_compose
 from tests.support.programs import MissingServerError
 
 FOLDER = FILE.with_name("compose")
@@ -170,6 +170,14 @@ def test_the_scripts_are_plain_shell() -> None:
     for script in scripts:
         subprocess.run(["sh", "-n", str(script)], check=True)
     assert (REPOSITORY / "scripts" / "compose-check").exists()
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("--hlep", 2)])
+def test_the_check_starts_nothing_for_a_question(word: str, code: int) -> None:
+    """Help is printed, and a word that means nothing refused, before any container runs."""
+    with pytest.raises(SystemExit) as ended:
+        main([word])
+    assert ended.value.code == code
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ what its version answers outside of a fleet, Prometheus is asked whom it scrapes
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -369,8 +370,11 @@ def open_compose(say: Callable[[str], None]) -> Compose:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and print what it sees; the exit code says whether all of it is right."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("compose-check", description=__doc__, formatter_class=as_written)
+    parser.parse_args(arguments)
     began = time.monotonic()
 
     def say(text: str) -> None:
