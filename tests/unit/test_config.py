@@ -207,6 +207,8 @@ def test_the_file_is_found_by_argument_variable_or_place(
     assert load(Path("other.toml"), {"INFERFLEET_CONFIG": "fleet.toml"}).fleet.name == "two"
     assert load(None, {"INFERFLEET_CONFIG": "other.toml"}).fleet.name == "two"
     assert load(None, {}).fleet.name == "one"
+    with pytest.raises(ConfigError, match=r"config file .* cannot be read: File name too long"):
+        load(Path("x" * 300) / "fleet.toml", {})
     with pytest.raises(ConfigError, match=r"config file absent.toml does not exist$"):
         load(Path("absent.toml"), {})
     (folder / "fleet.toml").unlink()
