@@ -367,15 +367,7 @@ def load_with_origins(path: Path | None, environ: Mapping[str, str]) -> tuple[Co
     path = path or Path(environ.get(PATH_VARIABLE) or DEFAULT_PATH)
     way_out = f": name yours by --config or {PATH_VARIABLE}, or write one (README.md, Settings)"
     hint = way_out if path.name == str(DEFAULT_PATH) else ""
-    try:
-        folder, there = path.is_dir(), path.is_file()
-    except OSError as error:  # a folder on the way may not be entered
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
-    if folder:
-        raise ConfigError(f"config file {path} is a folder; name the file in it")
-    if not there:
-        raise ConfigError(f"config file {path} does not exist{hint}")
-    text = tables.read_text(path, "config file")
+    text = tables.read_text(path, "config file", hint)
     return _assemble(tables.parse_toml(text, str(path)), path, environ)
 
 

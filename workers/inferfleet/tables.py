@@ -52,12 +52,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
-def read_text(path: Path, what: str) -> str:
-    """Return the file's text, or raise ConfigError in terms of ``what`` it is."""
+def read_text(path: Path, what: str, way_out: str = "") -> str:
+    """Return the file's text, or raise ConfigError; ``way_out`` is for who has no such file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{what} {path} does not exist") from None
+        raise ConfigError(f"{what} {path} does not exist{way_out}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{what} {path} is a folder; name the file in it") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
