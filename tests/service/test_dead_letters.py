@@ -325,6 +325,12 @@ def test_letters_that_stay_keep_their_order(rabbit_grave: RabbitGrave) -> None:
     assert [each.header("inferfleet-id") for each in rabbit_grave.retried()] == [b"a0", b"a2"]
 
 
+def until_nothing_is_held(grave: RabbitGrave) -> None:
+    """Wait until the node has taken back what a reader held when its connection ended."""
+    node, letters = grave.fleet.rabbitmq, grave.fleet.dead_letters("r")
+    wait_until(lambda: node.unacked(letters) == 0, 30, "no letter is held")
+
+
 def test_a_connection_that_breaks_loses_no_letter(rabbit_grave: RabbitGrave) -> None:
     """What was not moved is still there, in one line it is said how many were, and the next run goes on."""
     sent = [f"a{number}" for number in range(8)]
@@ -339,6 +345,7 @@ def test_a_connection_that_breaks_loses_no_letter(rabbit_grave: RabbitGrave) -> 
 
     with pytest.raises(BrokerError, match=r"does not answer: .*\(moved before that: \d\)"):
         queue.redrive(Choice(route, EVERYTHING), ready, NOW_MS, Pace(8), broken)
+    until_nothing_is_held(rabbit_grave)
     run(rabbit_grave, "redrive", "r", "--yes")
 
     assert {each.header("inferfleet-id").decode() for each in rabbit_grave.retried()} == set(sent)
@@ -412,6 +419,7 @@ def test_the_printed_rights_are_enough_on_rabbitmq(rabbit_grave: RabbitGrave) ->
     fleet.write()
     refused = run(rabbit_grave, "redrive", "r", "--yes", code=1).stderr
     fleet.rabbitmq.set_permissions(fleet.name, given.configure, given.write, given.read)
+    until_nothing_is_held(rabbit_grave)
 
     assert "`inferfleet topics plan` prints the rights" in refused
     assert "secret" not in refused
