@@ -247,8 +247,19 @@ def _change_route(compose: Compose) -> str:
     """Move nearly all keys to version 2, as an operator would in the coordinator's container."""
     (container,) = compose.containers("coordinator")
     script = "cat > /tmp/routes.toml && inferfleet route apply /tmp/routes.toml --yes --reason check"
-    said = compose.inside(container, "sh", "-c", script, given=SECOND_ROUTE)
-    return " ".join(said.strip().splitlines()[-1:])
+    said: list[str] = []
+
+    def applied() -> bool:
+        """While containers come and go, the engine's resolver may not know a name for a moment."""
+        try:
+            said.append(compose.inside(container, "sh", "-c", script, given=SECOND_ROUTE))
+        except ComposeError as error:
+            if "Name or service not known" not in str(error):
+                raise
+        return bool(said)
+
+    wait_until(applied, 60, "the route is changed", every_s=1)
+    return " ".join(said[0].strip().splitlines()[-1:])
 
 
 def _ready_workers(compose: Compose) -> int:

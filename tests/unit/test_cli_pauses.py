@@ -82,6 +82,16 @@ def test_what_the_worker_says_is_passed_on(fleet: Path, address: str) -> None:
     assert '--admin = "nowhere" is not an address' in refused(fleet, "pause", "digits", "--admin", "nowhere")
 
 
+def test_who_and_why_are_kept_as_they_can_be_written(
+    fleet: Path, address: str, paused: dict[str, str]
+) -> None:
+    """One line each, and what no encoding writes is replaced."""
+    words = ("--reason", "a\nb\udcff", "--actor", "al\udcffice", "--admin", address)
+    run(fleet, "pause", "digits", *words)
+
+    assert paused["digits"] == "a b? (by al?ice)"
+
+
 def test_a_worker_that_cannot_pause_is_told_as_it_is(fleet: Path) -> None:
     """Whatever else listens there, its refusal is one line."""
     with AdminServer("127.0.0.1:0", CollectorRegistry(), lambda: Health(True, True)) as server:

@@ -281,8 +281,10 @@ class KafkaIntake:
             self._closed = True
             # Where news of a rebalance is still to be told, librdkafka leaves before it tells of the revoke:
             # a commit from there would come from a member that nobody knows.
-            self._give_up(list(self._assigned.values()))
-            self._consumer.close()
+            try:
+                self._give_up(list(self._assigned.values()))
+            finally:
+                self._consumer.close()
 
     # Callbacks: they run inside poll, consume and close, on the owner's thread.
 

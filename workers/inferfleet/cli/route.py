@@ -207,7 +207,9 @@ def pause(session: Session, name: str, reason: str, actor: str | None, addresses
     What was taken already is finished. The pause is kept in Redis for the whole pool, with who asked for it;
     it outlives workers. Where routes come from the control plane, its audit log says so too.
     """
-    reason, who = " ".join(reason.split()) or "by hand", _who(actor)
+    from inferfleet.control.pauses import MAX_REASON
+
+    reason, who = _line(reason, MAX_REASON) or "by hand", _who(actor)
     for address in addresses:
         _tell(address, name, "pause", f"{reason} (by {who})")
         click.echo(f"route {name} is paused at {address}: {reason} (by {who})")
@@ -252,7 +254,14 @@ def resume(session: Session, name: str, actor: str | None, addresses: tuple[str,
 
 
 def _who(actor: str | None) -> str:
-    return " ".join((actor or "").split()) or control.actor()
+    from inferfleet.control.pauses import MAX_ACTOR
+
+    return _line(actor or "", MAX_ACTOR) or control.actor()
+
+
+def _line(text: str, most: int) -> str:
+    """Return the text as it is kept: one line of so many characters, all of which can be written."""
+    return " ".join(text.split())[:most].encode(errors="replace").decode()
 
 
 def _audit(
