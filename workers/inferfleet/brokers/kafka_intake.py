@@ -19,6 +19,7 @@ from confluent_kafka import (
 )
 
 from inferfleet.brokers.kafka_holds import Holds
+from inferfleet.brokers.kafka_leaving import leave
 from inferfleet.brokers.kafka_problems import Problems, silent_logger
 from inferfleet.brokers.kafka_rest import Rest
 from inferfleet.errors import BrokerError
@@ -103,6 +104,8 @@ class KafkaIntake:
         self._peak_bytes = 1
         self._was_assigned = False
         self._closed = False
+        self._told = 0
+        """How often the group has told of partitions."""
         self._owed: list[TopicPartition] = []
         """What could not be committed before the close: it is tried again from the revoke."""
         self._problems = Problems(clock)
@@ -283,12 +286,14 @@ class KafkaIntake:
             # a commit from there would come from a member that nobody knows.
             try:
                 self._give_up(list(self._assigned.values()))
+                leave(self._consumer, lambda: self._told, stays=self._options.instance_id is not None)
             finally:
                 self._consumer.close()
 
     # Callbacks: they run inside poll, consume and close, on the owner's thread.
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._told += 1
         if isinstance(self._options.start, int):
             partitions = self._start_at(partitions, self._options.start)
         consumer.incremental_assign(partitions)
@@ -316,6 +321,7 @@ class KafkaIntake:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         del consumer
+        self._told += 1
         here = [(p.topic, p.partition) for p in partitions]
         self._give_up([self._assigned[where] for where in here if where in self._assigned])
 
@@ -337,6 +343,7 @@ class KafkaIntake:
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         del consumer
+        self._told += 1
         streams = [Stream(p.topic, p.partition) for p in partitions]
         if self._listener is not None:
             self._listener.lost(streams)
