@@ -332,18 +332,25 @@ class KafkaIntake:
         positions = {} if self._listener is None else self._listener.revoked(streams, REVOKE_GRACE_S)
         offsets += self._owned(positions)
         if offsets:
-            try:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
-            except KafkaException as error:
-                # The new owner starts from the last commit: it repeats what was answered since.
-                log.warning("commit_at_revoke_failed", error=error.args[0].str())
-                self._owed = offsets if self._closed else []
+            self._commit_now(offsets)
         self._forget(streams)
         log.info("partitions_revoked", partitions=_shown(streams), owned=len(self._assigned))
+
+    def _commit_now(self, offsets: list[TopicPartition]) -> None:
+        try:
+            done = self._consumer.commit(offsets=offsets, asynchronous=False)
+            error = next((each.error for each in done if each.error is not None), None)
+        except KafkaException as raised:
+            error = raised.args[0]
+        if error is not None:
+            # The new owner starts from the last commit: it repeats what was answered since.
+            log.warning("commit_at_revoke_failed", error=error.str())
+            self._owed = offsets if self._closed else []
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         del consumer
         self._told += 1
+        self._owed = []
         streams = [Stream(p.topic, p.partition) for p in partitions]
         if self._listener is not None:
             self._listener.lost(streams)
